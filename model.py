@@ -1,0 +1,295 @@
+"""The networks: NetDilated, ours, and the assignment's two published answers; and how to measure them.
+
+Every network takes (N, 3, 32, 32) normalised images and returns (N, num_classes) logits. `C1` to `C4` are its
+blocks, so that `C4(C3(C2(C1(x))))` is the feature map, at any input size.
+"""
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class Depthwise(nn.Conv2d):
+    """A depthwise convolution: one k x k kernel for each channel, (N, C, H, W) to (N, C, H', W').
+
+    On a CPU under bf16 autocast it runs in fp32 unless it is the plain case (3x3, stride 1, dilation 1, padding 1),
+    the only one whose bf16 backward pass is fast there: the others take 4 to 20 times as long as in fp32.
+    """
+
+    def __init__(self, channels, kernel_size=3, stride=1, dilation=1, padding=None):
+        padding = dilation * (kernel_size // 2) if padding is None else padding
+        super().__init__(channels, channels, kernel_size, stride, padding, dilation, groups=channels, bias=False)
+        self.plain = (kernel_size, stride, dilation, padding) == (3, 1, 1, 1)
+
+    def forward(self, x):
+        if self.plain or x.dtype != torch.bfloat16 or x.device.type != "cpu":
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float()).bfloat16()
+
+
+def conv(channels_in, channels_out, kernel_size=3, stride=1, dilation=1, padding=None, bias=False):
+    """Return a standard convolution that keeps the size (divided by the stride) unless `padding` says otherwise."""
+    padding = dilation * (kernel_size // 2) if padding is None else padding
+    return nn.Conv2d(channels_in, channels_out, kernel_size, stride, padding, dilation, bias=bias)
+
+
+def separable(channels_in, channels_out, stride=1, dilation=1, padding=None):
+    """Return a depthwise-separable convolution: a 3x3 depthwise one, then a pointwise (1x1) one.
+
+    Howard et al., MobileNets, https://arxiv.org/abs/1704.04861.
+    """
+    return nn.Sequential(
+        Depthwise(channels_in, 3, stride, dilation, padding), conv(channels_in, channels_out, 1)
+    )
+
+
+def blueprint(channels_in, channels_out, stride=1, dilation=1):
+    """Return a depthwise-separable convolution the other way round: pointwise (1x1) first, then 3x3 depthwise.
+
+    Haase and Amthor, Blueprint separable convolutions, https://arxiv.org/abs/2003.13549.
+    """
+    return nn.Sequential(conv(channels_in, channels_out, 1), Depthwise(channels_out, 3, stride, dilation))
+
+
+class Unit(nn.Sequential):
+    """One convolution (a separable pair counts as one), batch norm and SiLU; the input is added to the output
+    where their shapes agree: (N, C, H, W) to (N, channels, H', W')."""
+
+    def __init__(self, convolution, channels):
+        super().__init__(convolution, nn.BatchNorm2d(channels), nn.SiLU())
+
+    def forward(self, x):
+        y = super().forward(x)
+        return x + y if x.shape == y.shape else y
+
+
+class Network(nn.Module):
+    """Blocks C1 to C4, then the output: global average pooling and one linear layer. (N, 3, H, W) to (N, classes)."""
+
+    def __init__(self, C1, C2, C3, C4, O):
+        super().__init__()
+        self.C1, self.C2, self.C3, self.C4, self.O = (nn.Sequential(*block) for block in (C1, C2, C3, C4, O))
+
+    def forward(self, x):
+        return self.O(self.C4(self.C3(self.C2(self.C1(x)))))
+
+
+class NetDilated(Network):
+    """Our network: twelve convolutions, the last of each block with stride 2."""
+
+    def __init__(self, num_classes=10):
+        super().__init__(
+            C1=[                                                        # output, receptive field
+                Unit(conv(3, 48), 48),                                  # 48 x 32 x 32,  3
+                Unit(conv(48, 48), 48),                                 # 48 x 32 x 32,  5
+                Unit(conv(48, 96, stride=2), 96),                       # 96 x 16 x 16,  7
+            ],
+            C2=[
+                Unit(blueprint(96, 112), 112),                          # 112 x 16 x 16, 11
+                Unit(blueprint(112, 112), 112),                         # 112 x 16 x 16, 15
+                Unit(blueprint(112, 112, stride=2), 112),               # 112 x 8 x 8,   19
+            ],
+            C3=[
+                Unit(blueprint(112, 112), 112),                         # 112 x 8 x 8,   27
+                Unit(blueprint(112, 112, dilation=2), 112),             # 112 x 8 x 8,   43
+                Unit(blueprint(112, 112, stride=2), 112),               # 112 x 4 x 4,   51
+            ],
+            C4=[
+                Unit(blueprint(112, 112), 112),                         # 112 x 4 x 4,   67
+                Unit(blueprint(112, 112), 112),                         # 112 x 4 x 4,   83
+                Unit(blueprint(112, 112, stride=2), 112),               # 112 x 2 x 2,   99
+            ],
+            O=[nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(112, num_classes)],
+        )
+
+
+class PublishedDilated(Network):
+    """A published answer of 195,508 parameters, weaknesses kept: 1x1 convolutions that leave out three pixels of
+    four, zeros around 1x1 convolutions, logits behind ReLU, batch norm and dropout, only three strided blocks."""
+
+    def __init__(self, num_classes=10):
+        def unit(convolution, channels):
+            return nn.Sequential(convolution, nn.ReLU(), nn.BatchNorm2d(channels), nn.Dropout2d(0.05))
+
+        def transition(channels_in, channels_out):
+            return nn.Sequential(conv(channels_in, channels_out, 1, stride=2, bias=True), nn.ReLU())
+
+        def padded_separable(channels_in, channels_out):
+            return nn.Sequential(Depthwise(channels_in), conv(channels_in, channels_out, 1, padding=1))
+
+        super().__init__(
+            C1=[                                                        # output, receptive field
+                unit(conv(3, 64), 64),                                  # 64 x 32 x 32,  3
+                unit(conv(64, 128), 128),                               # 128 x 32 x 32, 5
+                transition(128, 64),                                    # 64 x 16 x 16,  5
+            ],
+            C2=[
+                unit(conv(64, 64), 64),                                 # 64 x 16 x 16,  9
+                unit(padded_separable(64, 64), 64),                     # 64 x 18 x 18,  13
+                transition(64, 32),                                     # 32 x 9 x 9,    13
+            ],
+            C3=[
+                unit(conv(32, 64, dilation=2, padding=1), 64),          # 64 x 7 x 7,    29
+                unit(conv(64, 64), 64),                                 # 64 x 7 x 7,    37
+                transition(64, 32),                                     # 32 x 4 x 4,    37
+            ],
+            C4=[
+                unit(conv(32, 32), 32),                                 # 32 x 4 x 4,    53
+                unit(padded_separable(32, num_classes), num_classes),   # 10 x 6 x 6,    69
+            ],
+            O=[nn.AdaptiveAvgPool2d(1), nn.Flatten()],
+        )
+
+
+class PublishedDepthwise(Network):
+    """A published answer of 198,776 parameters, weaknesses kept: padding 2 everywhere, so that much of each map is
+    border, and no activation behind the strided convolutions. (Its log-softmax is part of our loss.)"""
+
+    def __init__(self, num_classes=10):
+        def unit(convolution, channels):
+            return nn.Sequential(convolution, nn.ReLU(), nn.BatchNorm2d(channels), nn.Dropout(0.01))
+
+        def down(channels_in, channels_out):
+            convolution = conv(channels_in, channels_out, stride=2, dilation=2, padding=2)
+            return nn.Sequential(convolution, nn.BatchNorm2d(channels_out), nn.Dropout(0.01))
+
+        super().__init__(
+            C1=[                                                        # output, receptive field
+                unit(conv(3, 128, padding=2), 128),                     # 128 x 34 x 34, 3
+                unit(separable(128, 64, padding=2), 64),                # 64 x 36 x 36,  5
+                down(64, 32),                                           # 32 x 18 x 18,  9
+            ],
+            C2=[
+                unit(separable(32, 256, padding=2), 256),               # 256 x 20 x 20, 13
+                unit(separable(256, 70, padding=2), 70),                # 70 x 22 x 22,  17
+                down(70, 32),                                           # 32 x 11 x 11,  25
+            ],
+            C3=[
+                unit(separable(32, 128, padding=2), 128),               # 128 x 13 x 13, 33
+                unit(separable(128, 128, padding=2), 128),              # 128 x 15 x 15, 41
+                down(128, 32),                                          # 32 x 8 x 8,    57
+            ],
+            C4=[
+                unit(separable(32, 100, padding=2), 100),               # 100 x 10 x 10, 73
+                unit(separable(100, 64, padding=2), 64),                # 64 x 12 x 12,  89
+                nn.Sequential(conv(64, 80, stride=2, padding=2), nn.BatchNorm2d(80)),  # 80 x 7 x 7, 105
+            ],
+            O=[nn.AdaptiveAvgPool2d(1), conv(80, num_classes, 1), nn.Flatten()],
+        )
+
+
+NETWORKS = {network.__name__: network for network in (NetDilated, PublishedDilated, PublishedDepthwise)}
+
+
+def build_network(name, num_classes=10):
+    """Return the network of that name; a ValueError names the known ones."""
+    if name not in NETWORKS:
+        raise ValueError(f"network {name!r} is unknown: choose one of {', '.join(NETWORKS)}")
+    return NETWORKS[name](num_classes)
+
+
+def count_parameters(model):
+    """Return the number of trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def count_macs(model, shape=(3, 32, 32)):
+    """Return the multiply-accumulates of the convolutions and linear layers for one image of that shape."""
+    with FlopCounterMode(display=False) as counter:
+        _run_once(model, shape)
+    return counter.get_total_flops() // 2
+
+
+class Step(NamedTuple):
+    """One convolution, pooling or linear operation that a network performed on one image."""
+
+    kind: str  # "convolution", "pooling", "global average pooling", "fully connected"
+    operation: str  # PyTorch's own name of it
+    channels: tuple  # in, out
+    size: tuple  # side of the input, of the output, in pixels
+    kernel: int
+    stride: int
+    dilation: int
+    groups: int
+    receptive_field: int  # side of the square of image pixels that one output position can see
+
+
+def trace(model, shape=(3, 32, 32)):
+    """Run the network on one image of that shape and return its `Step`s in order.
+
+    What counts is what is computed, not what the modules are called: functional calls are seen as well. The
+    receptive field grows by (kernel - 1) * dilation * jump at every window, the jump (pixels between neighbouring
+    positions) by the stride; where paths meet, the longest one counts. See Araujo et al., Computing receptive
+    fields of convolutional neural networks, https://distill.pub/2019/computing-receptive-fields/.
+    """
+    with _Tracer() as tracer:
+        _run_once(model, shape)
+    return tracer.steps
+
+
+def receptive_field(model):
+    """Return the theoretical receptive field, in pixels, of one position before the global pooling."""
+    fields = [1]
+    for step in trace(model):
+        if step.kind == "global average pooling":
+            break
+        fields.append(step.receptive_field)
+    return max(fields)
+
+
+def _run_once(model, shape):
+    """Run the model on one blank image without changing its state."""
+    training = model.training
+    parameter = next(model.parameters())
+    with torch.no_grad():
+        model.eval()(parameter.new_zeros(1, *shape))
+    model.train(training)
+
+
+class _Tracer(TorchDispatchMode):
+    """Writes down the windowed operations that PyTorch executes, with the receptive field of every tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+        self.fields = WeakTensorKeyDictionary()  # tensor -> (receptive field, jump)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        inputs, outputs = ([leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+                           for values in (args, result))
+        known = [tensor for tensor in inputs if tensor in self.fields] or inputs[:1]  # weights are not known
+        field, jump = max((self.fields.get(tensor, (1, 1)) for tensor in known), default=(1, 1))
+        window = _window(func.overloadpacket.__name__, args, outputs)
+        if window:
+            kind, kernel, stride, dilation, groups = window
+            field, jump = field + (kernel - 1) * dilation * jump, jump * stride
+            sides = [tensor.shape[-1] if tensor.ndim == 4 else 1 for tensor in (known[0], outputs[0])]
+            channels = known[0].shape[1], outputs[0].shape[1]
+            self.steps.append(Step(kind, func.overloadpacket.__name__, channels, tuple(sides), *window[1:], field))
+        for tensor in outputs:
+            self.fields[tensor] = (field, jump)
+        return result
+
+
+def _window(name, args, outputs):
+    """Return (kind, kernel, stride, dilation, groups) of an ATen operation, or None if it has no window."""
+    if name == "convolution":
+        _, weight, _, stride, _, dilation, _, _, groups = args
+        kind = "fully connected" if args[0].shape[2:] == weight.shape[2:] == (1, 1) else "convolution"
+        return kind, weight.shape[-1], stride[0], dilation[0], groups
+    if name in ("addmm", "mm"):
+        return "fully connected", 1, 1, 1, 1
+    if not (name in ("mean", "amax") or "pool" in name) or args[0].ndim < 3:
+        return None
+    if outputs[0].numel() == args[0].shape[0] * args[0].shape[1]:  # one number is left of each channel
+        kind = "pooling" if "max" in name else "global average pooling"
+        return kind, args[0].shape[-1], 1, 1, 1
+    kernel = args[1][0] if "adaptive" not in name else args[0].shape[-1] // outputs[0].shape[-1]
+    stride = args[2][0] if "adaptive" not in name and len(args) > 2 and args[2] else kernel
+    return "pooling", kernel, stride, 1, 1
