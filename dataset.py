@@ -1,0 +1,231 @@
+"""CIFAR-10 with albumentations, its loaders, and a built-in stand-in for machines without CIFAR-10."""
+import os
+import pickle
+import random
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing a module should not ask the network for news
+
+import albumentations as A
+import numpy as np
+import torch
+import torchvision
+from torch.utils.data import DataLoader, RandomSampler, Subset
+from torchvision.datasets.utils import check_integrity
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images, by channel, 0 to 1
+STD = (0.2470, 0.2435, 0.2616)
+FILL = tuple(round(255 * channel) for channel in MEAN)  # the mean colour on the scale of the uint8 images
+
+
+def train_transform(p=0.5):
+    """Return the assignment's augmentations: uint8 (H, W, 3) to uint8 (32, 32, 3), each applied with probability p.
+
+    The border that a shift uncovers is filled by reflection; the hole of CoarseDropout (DeVries and Taylor,
+    Cutout, https://arxiv.org/abs/1708.04552) with the training set's mean colour, which normalises to zero.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="ShiftScaleRotate is a special case of Affine")  # the rules name it
+        return A.Compose([
+            A.HorizontalFlip(p=0.5),
+            A.ShiftScaleRotate(shift_limit=0.1, scale_limit=0.1, rotate_limit=15, border_mode=4, p=p),
+            A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(16, 16), hole_width_range=(16, 16),
+                            fill=FILL, p=p),
+            A.Resize(32, 32),
+        ])
+
+
+def test_transform():
+    """Return the transform of images that are not augmented: uint8 (H, W, 3) to uint8 (32, 32, 3)."""
+    return A.Compose([A.Resize(32, 32)])
+
+
+def normalise(images):
+    """Return uint8 (N, H, W, 3) images as float32 (N, 3, H, W), mean 0 and standard deviation 1 by channel.
+
+    The result is a view of channels_last memory, the layout in which convolutions are fastest.
+    """
+    images = torch.as_tensor(images).permute(0, 3, 1, 2)
+    mean, std = (255 * torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
+    return (images - mean) / std
+
+
+def unnormalise(images):
+    """Return normalised (N, 3, H, W) images as uint8 (N, H, W, 3): the inverse of `normalise`."""
+    mean, std = (255 * torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
+    return (images * std + mean).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+class CIFAR10(torchvision.datasets.CIFAR10):
+    """CIFAR-10 as uint8 (32, 32, 3) arrays with an albumentations transform. Items are (array, class number).
+
+    torchvision downloads, checks and decodes. A RuntimeError says in one line what is missing or damaged.
+    """
+
+    title = "CIFAR-10"
+
+    def __init__(self, root=None, train=True, transform=None, seed=0):
+        self.seed = seed
+        root = Path(root or data_folder())
+        try:
+            super().__init__(root, train, transform, download=True)
+        except Exception as error:
+            raise RuntimeError(self._trouble(root, error)) from error
+
+    def __getitem__(self, index):
+        image = self.data[index]
+        return (self.transform(image=image)["image"] if self.transform else image), self.targets[index]
+
+    def __getitems__(self, indices):
+        """Return the items of one batch; DataLoader calls this.
+
+        The batch's own indices seed its augmentations: every worker would make the same batch of them, and no two
+        batches, workers or epochs (which are shuffled differently) share a stream of random numbers.
+        """
+        if isinstance(self.transform, A.Compose):
+            seed = np.random.SeedSequence([self.seed, *indices])
+            self.transform.set_random_state(np.random.default_rng(seed), random.Random(int(seed.generate_state(1)[0])))
+        return [self[index] for index in indices]
+
+    def _trouble(self, root, error):
+        """Say in one line why the data could not be loaded and what to do."""
+        folder = root / self.base_folder
+        for name, md5 in [*self.train_list, *self.test_list, [self.meta["filename"], self.meta["md5"]]]:
+            if folder.exists() and not _readable(folder / name, md5):
+                return (f"{folder / name} is missing or damaged ({error}): remove {folder} and run again to download "
+                        f"{self.title}, or unpack {self.filename} there again")
+        return (f"{self.title} is not in {root} and could not be downloaded ({error}): put {self.filename} from "
+                f"{self.url} into {root} and run again, or run `make demo`, which needs no data")
+
+
+class BuiltInShapes(CIFAR10):
+    """Ten classes of shapes and stripes, drawn by code in CIFAR-10's on-disk format: a stand-in for trying the
+    program where CIFAR-10 is not at hand. It says of itself everywhere that it is not CIFAR-10."""
+
+    title = "built-in shapes, NOT CIFAR-10"
+    base_folder = "built-in-shapes"
+    train_list = [[f"data_batch_{number}", None] for number in range(1, 6)]
+    test_list = [["test_batch", None]]
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": None}
+    names = ("disc", "square", "triangle", "ring", "cross", "horizontal", "vertical", "diagonal", "checks", "dots")
+
+    def download(self):
+        """Draw 2,000 training and 500 test images, once."""
+        if self._check_integrity():
+            return
+        folder = Path(self.root) / self.base_folder
+        folder.mkdir(parents=True, exist_ok=True)
+        random_generator = np.random.default_rng(0)
+        for name, count in [*((name, 400) for name, _ in self.train_list), ("test_batch", 500)]:
+            labels = np.arange(count) % len(self.names)
+            images = np.stack([_draw(label, random_generator) for label in labels])
+            batch = {"data": images.transpose(0, 3, 1, 2).reshape(count, 3072), "labels": labels.tolist()}
+            (folder / name).write_bytes(pickle.dumps(batch))
+        (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(self.names)}))
+
+
+DATASETS = {"CIFAR-10": CIFAR10, "built-in": BuiltInShapes}
+
+
+def data_folder():
+    """Return the folder of the data sets: `CIFAR10_ROOT`, or `data` in the working folder."""
+    return Path(os.environ.get("CIFAR10_ROOT") or "data")
+
+
+def load_dataset(split="train", data="CIFAR-10", validation_size=0, transform=None, seed=0, root=None):
+    """Return one split of a data set.
+
+    Args:
+        split: "train" (without the last `validation_size` training images), "validation" (those), or "test".
+        data: "CIFAR-10", or "built-in" for shapes drawn by code.
+        validation_size: how many training images are held out.
+        transform: an albumentations transform; `train_transform()` for "train" and `test_transform()` otherwise
+            if None.
+        seed: of the augmentations.
+        root: the folder of the data; `data_folder()` if None.
+
+    Raises:
+        ValueError: an argument is not one of those allowed. RuntimeError: the data are missing or damaged.
+    """
+    if data not in DATASETS:
+        raise ValueError(f"data set {data!r} is unknown: choose one of {', '.join(DATASETS)}")
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"split {split!r} is unknown: choose train, validation or test")
+    transform = transform or (train_transform() if split == "train" else test_transform())
+    dataset = DATASETS[data](root, split != "test", transform, seed)
+    if split == "test" or (split == "train" and not validation_size):
+        return dataset
+    if not 0 < validation_size < len(dataset):
+        raise ValueError(f"validation_size is {validation_size}: choose 1 to {len(dataset) - 1} of the training images")
+    border = len(dataset) - validation_size
+    return Subset(dataset, range(border) if split == "train" else range(border, len(dataset)))
+
+
+def make_loader(dataset, batch_size=256, shuffle=False, num_workers=None, seed=0):
+    """Return a DataLoader of normalised float32 (N, 3, 32, 32) images and int64 (N,) labels.
+
+    The batches are the same at any number of workers.
+
+    Args:
+        shuffle: whether each epoch has an order of its own, drawn from `loader.sampler.generator`.
+        num_workers: processes that augment, at most one for each core. By default as many for a shuffled loader,
+            none otherwise: there is nothing to augment.
+        seed: of the order.
+
+    Raises:
+        ValueError: the batch size is not between 1 and the size of the data set, or there are too many workers.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    num_workers = cores * shuffle if num_workers is None else num_workers
+    if not 1 <= batch_size <= len(dataset):
+        raise ValueError(f"batch_size is {batch_size}: choose 1 to {len(dataset)}, the size of the data set")
+    if not 0 <= num_workers <= cores:
+        raise ValueError(f"num_workers is {num_workers}: choose 0 to {cores}, the number of cores")
+    order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if shuffle else None
+    return DataLoader(
+        dataset, batch_size, sampler=order, num_workers=num_workers, collate_fn=_collate,
+        persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # of the workers' own seeds, which nothing here uses
+    )
+
+
+def _collate(items):
+    """Stack and normalise the whole batch at once, which is much faster than image by image."""
+    images, labels = zip(*items)
+    return normalise(np.stack(images)), torch.tensor(labels)
+
+
+def _readable(path, md5):
+    """Say whether a batch file is there, unharmed and a pickle."""
+    try:
+        pickle.loads(path.read_bytes(), encoding="latin1")
+    except Exception:
+        return False
+    return check_integrity(path, md5)
+
+
+def _draw(label, random_generator):
+    """Draw one 32x32 uint8 image of class `label` in two random colours, somewhere, with noise."""
+    colours = random_generator.uniform(0, 255, (2, 3))
+    colours[1] = np.where(np.abs(colours[0] - colours[1]) < 90, (colours[0] + 128) % 256, colours[1])
+    cx, cy = random_generator.uniform(12, 20, 2)
+    size, phase = random_generator.uniform(7, 11), random_generator.uniform(0, 8)
+    y, x = np.mgrid[:32, :32]
+    dx, dy = x - cx, y - cy
+    distance = np.hypot(dx, dy)
+    masks = (
+        distance < size,
+        np.maximum(abs(dx), abs(dy)) < size * 0.8,
+        (dy < size * 0.8) & (dy > 2 * abs(dx) - size),
+        abs(distance - size * 0.8) < size * 0.25,
+        (np.minimum(abs(dx), abs(dy)) < size * 0.25) & (distance < size),
+        (y + phase) % 8 < 4,
+        (x + phase) % 8 < 4,
+        (x + y + phase) % 8 < 4,
+        ((x + phase) % 8 < 4) ^ ((y + phase) % 8 < 4),
+        ((x + phase) % 8 < 3) & ((y + phase) % 8 < 3),
+    )
+    image = np.where(masks[label][..., None], *colours) + random_generator.normal(0, 12, (32, 32, 3))
+    return image.clip(0, 255).astype(np.uint8)
