@@ -1,0 +1,346 @@
+"""Training, the rules, saving and the figures."""
+import json
+import pickle
+
+import albumentations as A
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import utils
+from dataset import load_dataset, make_loader, test_transform as plain_transform, train_transform
+from model import NetDilated, Unit, conv
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+class Tiny(nn.Module):
+    """A small network that trains in a moment, with the parts that training has to get right."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(conv(3, 16, stride=2), nn.BatchNorm2d(16), nn.SiLU(), nn.Dropout(0.1),
+                                    conv(16, 32, stride=2), nn.BatchNorm2d(32), nn.SiLU(),
+                                    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def loaders(root, batch_size=100, num_workers=0, seed=0):
+    train_set, test_set = (load_dataset(split, "built-in", root=root) for split in ("train", "test"))
+    return make_loader(train_set, batch_size, True, num_workers, seed), make_loader(test_set, 500)
+
+
+def fit_tiny(root, epochs=3, **arguments):
+    utils.seed_everything(0)
+    model = Tiny()
+    return model, utils.fit(model, *loaders(root), epochs, device="cpu", **arguments)
+
+
+def state(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# ---------------------------------------------------------------- training
+
+def test_loss_and_accuracy_are_means_over_samples_not_over_batches():
+    """Batches of 8, 8 and 1: a mean of batch means would weigh the last sample eight times."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(17, 3, 32, 32), torch.randint(10, (17,))
+    loader, model = DataLoader(TensorDataset(images, labels), 8), Tiny().eval()
+    with torch.no_grad():
+        logits = model(images)
+    expected = F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).double().mean().item()
+    assert utils.test(model, loader) == pytest.approx(expected, rel=1e-5)
+    still = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    optimizer = torch.optim.SGD(still.parameters(), lr=0)
+    logits = still(images)
+    expected = F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).double().mean().item()
+    result = utils.train(still, loader, optimizer)
+    assert result == pytest.approx(expected, rel=0.02) and all(type(value) is float for value in result)
+
+
+def test_a_test_does_not_change_the_model(root):
+    model, (_, test_loader) = Tiny(), loaders(root)
+    before = state(model)
+    assert utils.test(model, test_loader) == utils.test(model, test_loader)
+    assert equal(before, state(model))
+
+
+def test_fit_learns_the_built_in_classes_and_returns_the_history(root, capsys):
+    model, history = fit_tiny(root, epochs=6)
+    assert list(history) == ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds"]
+    assert all(len(column) == 6 and all(type(value) is float for value in column) for column in history.values())
+    assert history["test_accuracy"][-1] > 40  # ten classes: chance is 10
+    assert (history["test_loss"][-1], history["test_accuracy"][-1]) == utils.test(model, loaders(root)[1])
+    lines = capsys.readouterr().out.splitlines()
+    assert "NOT CIFAR-10" in lines[0]
+    rows = lines[2:]
+    assert len(rows) == 6 and len({len(row) for row in rows}) == 1
+
+
+def test_the_same_seed_gives_the_same_weights(root):
+    assert equal(state(fit_tiny(root, 1)[0]), state(fit_tiny(root, 1)[0]))
+
+
+def test_weights_decay_but_not_norms_and_biases():
+    decayed, others = utils.make_optimizer(NetDilated(), 0.1, 5e-4).param_groups
+    assert decayed["weight_decay"] == 5e-4 and all(parameter.ndim > 1 for parameter in decayed["params"])
+    assert others["weight_decay"] == 0 and all(parameter.ndim == 1 for parameter in others["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(list(NetDilated().parameters()))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(epochs=0), "epochs is 0: choose a whole number, 1 or more"),
+    (dict(epochs=1.5), "epochs is 1.5: choose a whole number"),
+    (dict(epochs=1, max_lr=0), "max_lr is 0: choose a number above 0"),
+    (dict(epochs=1, max_lr=-1), "max_lr is -1: choose a number above 0"),
+])
+def test_impossible_settings_are_named(arguments, message, root):
+    with pytest.raises(ValueError, match=message):
+        utils.fit(Tiny(), *loaders(root), **arguments)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(root):
+    with pytest.raises(FloatingPointError, match="epoch 1: try a max_lr below 1e"):
+        fit_tiny(root, max_lr=1e30)
+
+
+def test_an_interrupted_run_goes_on_to_the_same_weights(root, tmp_path, monkeypatch):
+    whole, history = fit_tiny(root, 4)
+
+    class Interrupt(Exception):
+        pass
+
+    write = utils._write_checkpoint
+
+    def write_and_stop(path, recipe, parts, loader, history):
+        write(path, recipe, parts, loader, history)
+        if len(history["seconds"]) == 2:
+            raise Interrupt
+
+    checkpoint = tmp_path / "new" / "checkpoint.pt"
+    monkeypatch.setattr(utils, "_write_checkpoint", write_and_stop)
+    with pytest.raises(Interrupt):
+        fit_tiny(root, 4, checkpoint=checkpoint)
+    monkeypatch.setattr(utils, "_write_checkpoint", write)
+    resumed, resumed_history = fit_tiny(root, 4, checkpoint=checkpoint)
+    assert equal(state(whole), state(resumed))
+    assert history["test_loss"] == resumed_history["test_loss"]
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_name(root, tmp_path):
+    checkpoint = tmp_path / "checkpoint.pt"
+    fit_tiny(root, 1, checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="is of another run .*max_lr 0.3, not 0.2"):
+        fit_tiny(root, 1, max_lr=0.2, checkpoint=checkpoint)
+
+
+def test_run_is_the_whole_experiment(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("CIFAR10_ROOT", str(root))
+    monkeypatch.setitem(utils.build_network.__globals__["NETWORKS"], "Tiny", lambda classes: Tiny())
+    model, facts = utils.run("Tiny", "built-in", 2, 100, 0.1, num_workers=0, validation_size=400, folder=tmp_path)
+    assert facts["settings"] == {"epochs": 2, "batch_size": 100, "max_lr": 0.1, "weight_decay": 5e-4, "seed": 0,
+                                 "validation_size": 400}
+    validation = make_loader(load_dataset("validation", "built-in", 400), 400)
+    assert (facts["test_loss"], facts["test_accuracy"]) == pytest.approx(utils.test(model, validation))
+
+
+# ---------------------------------------------------------------- the rules
+
+def holds(rows, rule):
+    (result,) = [row for row in rows if row[0].startswith(rule)]
+    return result[2]
+
+
+def test_ours_keeps_every_rule():
+    assert all(row[2] for row in utils.check_rules(NetDilated(), train_transform()))
+
+
+def broken(change):
+    model = NetDilated()
+    change(model)
+    return model
+
+
+class Pooled(NetDilated):
+    def forward(self, x):
+        return super().forward(F.interpolate(F.avg_pool2d(x, 2), scale_factor=2))
+
+
+def shrink_kernels(model):
+    for block in (model.C2, model.C3, model.C4):
+        for unit in block:
+            unit[0] = conv(unit[0][0].in_channels, unit[0][1].out_channels, 1, unit[0][1].stride)
+
+
+def no_pairs(model):
+    for block in (model.C2, model.C3, model.C4):
+        for unit in block:
+            unit[0] = conv(unit[0][0].in_channels, unit[0][1].out_channels, 3, unit[0][1].stride)
+
+
+def set_head(*layers):
+    return lambda model: setattr(model, "O", nn.Sequential(*layers))
+
+
+BROKEN_NETWORKS = {
+    "four blocks": lambda: broken(lambda model: setattr(model, "C4", nn.Sequential())),
+    "three convolutions": lambda: broken(lambda model: model.C2.insert(1, Unit(conv(112, 112), 112))),
+    "stride 2": lambda: broken(lambda model: setattr(model.C4[2][0][1], "stride", (1, 1))),
+    "no pooling": Pooled,
+    "receptive field": lambda: broken(shrink_kernels),
+    "a depthwise-separable": lambda: broken(no_pairs),
+    "a dilated": lambda: broken(lambda model: setattr(model.C3[1][0][1], "dilation", (1, 1))
+                                or setattr(model.C3[1][0][1], "padding", (1, 1))),
+    "global average": lambda: broken(set_head(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(112, 10))),
+    "then at most": lambda: broken(set_head(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(112, 9), nn.Linear(9, 10))),
+    "fewer than": lambda: broken(lambda model: setattr(model, "more", nn.Parameter(torch.zeros(20_000)))),
+}
+
+
+@pytest.mark.parametrize("rule", BROKEN_NETWORKS)
+def test_a_network_that_breaks_a_rule_fails_its_row(rule):
+    assert not holds(utils.check_rules(BROKEN_NETWORKS[rule](), train_transform()), rule)
+
+
+def test_a_network_without_global_pooling_fails_its_row():
+    rows = utils.check_rules(broken(set_head(nn.Flatten(), nn.Linear(448, 10))), train_transform())
+    assert not holds(rows, "global average")
+
+
+def replace(name, *steps):
+    kept = [step for step in train_transform().transforms if type(step).__name__ != name]
+    return A.Compose([*kept[:2], *steps, *kept[2:]])
+
+
+HOLE = {"num_holes_range": (1, 1), "hole_height_range": (16, 16), "hole_width_range": (16, 16), "fill": utils.FILL}
+BROKEN_TRANSFORMS = {
+    "HorizontalFlip": [replace("HorizontalFlip"), replace("HorizontalFlip", A.HorizontalFlip(p=0))],
+    "ShiftScaleRotate": [replace("ShiftScaleRotate")],
+    "CoarseDropout": [replace("CoarseDropout"),
+                      *(replace("CoarseDropout", A.CoarseDropout(**{**HOLE, **change})) for change in (
+                          {"num_holes_range": (2, 2)}, {"hole_height_range": (8, 8)}, {"hole_width_range": (20, 20)}))],
+    "... filled": [replace("CoarseDropout", A.CoarseDropout(**{**HOLE, "fill": fill}))
+                   for fill in ((0.4914, 0.4822, 0.4465), 0, 128)],
+    "Resize": [replace("Resize"), replace("Resize", A.Resize(28, 28))],
+}
+
+
+@pytest.mark.parametrize("rule, transform", [(rule, one) for rule, several in BROKEN_TRANSFORMS.items() for one in several])
+def test_a_transform_that_breaks_a_rule_fails_its_row(rule, transform):
+    assert not holds(utils.check_rules(NetDilated(), transform), rule)
+
+
+def test_a_plain_transform_fails_all_rows_but_resize():
+    rows = utils.check_rules(NetDilated(), plain_transform())[-5:]
+    assert [row[2] for row in rows] == [False] * 4 + [True]
+
+
+def test_broken_rules_stand_out_in_the_table():
+    text = utils.format_rules(utils.check_rules(Pooled(), train_transform()))
+    assert sum("BROKEN" in line for line in text.splitlines()) == 1
+    assert "avg_pool2d" in text
+
+
+# ---------------------------------------------------------------- saving
+
+HISTORY = {"train_loss": [2.0, 1.0], "train_accuracy": [20.0, 60.0], "test_loss": [2.1, 0.9],
+           "test_accuracy": [21.0, 65.0], "seconds": [3.0, 4.0]}
+
+
+def test_saved_weights_and_facts_come_back(tmp_path):
+    torch.manual_seed(0)
+    model = NetDilated()
+    facts = utils.save(model, HISTORY, {"epochs": 2}, "nothing", tmp_path / "new")
+    loaded, loaded_facts = utils.load("NetDilated", tmp_path / "new")
+    assert equal(state(model), state(loaded)) and not loaded.training
+    assert loaded_facts == json.loads(json.dumps(facts))
+    assert (facts["test_accuracy"], facts["train_loss"], facts["seconds"]) == (65.0, 1.0, 7.0)
+    assert (facts["parameters"], facts["network"]) == (utils.count_parameters(model), "NetDilated")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["NetDilated.json", "NetDilated.pt"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a state dict", pickle.dumps(print)], ids=["empty", "text", "code"])
+def test_a_foreign_or_damaged_file_is_refused_by_name(content, tmp_path):
+    (tmp_path / "NetDilated.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="NetDilated.pt is damaged or holds another network") as error:
+        utils.load("NetDilated", tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_another_network_are_refused_by_name(tmp_path):
+    torch.save(Tiny().state_dict(), tmp_path / "NetDilated.pt")
+    with pytest.raises(ValueError, match="holds another network than NetDilated"):
+        utils.load("NetDilated", tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="NetDilated.pt is not there: train NetDilated first"):
+        utils.load("NetDilated", tmp_path)
+
+
+def test_nothing_is_overwritten_before_its_replacement_is_complete(tmp_path):
+    path = tmp_path / "figure.png"
+    path.write_bytes(b"old")
+
+    def write_half(file):
+        file.write(b"ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        utils._replace(path, write_half)
+    assert path.read_bytes() == b"old"
+
+
+# ---------------------------------------------------------------- the figures
+
+def test_figures_are_written_and_say_whose_data_they_show(root, tmp_path):
+    train_set, test_set = (load_dataset(split, "built-in", root=root) for split in ("train", "test"))
+    logits = F.one_hot(torch.tensor(test_set.targets).roll(1), 10).float()
+    figures = {
+        "patch": utils.plot_augmentations(train_set, tmp_path / "img" / "patch.png"),
+        "loss": utils.plot_loss(HISTORY, tmp_path / "img" / "loss.png", test_set.title),
+        "accuracy": utils.plot_accuracy(HISTORY, tmp_path / "img" / "accuracy.png", test_set.title),
+        "wrong": utils.plot_misclassified(test_set, logits, tmp_path / "img" / "wrong.png"),
+        "confusion": utils.plot_confusion(test_set, logits, tmp_path / "img" / "confusion.png"),
+    }
+    for name, figure in figures.items():
+        titles = [axis.get_title() for axis in figure.axes] + [figure.get_suptitle()]
+        assert any("NOT CIFAR-10" in title for title in titles)
+        assert np.asarray(Image.open(tmp_path / "img" / f"{name}.png").convert("L")).std() > 5  # not blank
+        assert Image.open(tmp_path / "img" / f"{name}.png").width >= 800
+
+
+def test_misclassified_shows_prediction_confidence_and_truth(root, tmp_path):
+    test_set = load_dataset("test", "built-in", root=root)
+    labels = torch.tensor(test_set.targets)
+    logits = 9.0 * F.one_hot(labels, 10)
+    logits[7] = torch.eye(10)[(labels[7] + 1) % 10] * 2
+    figure = utils.plot_misclassified(test_set, logits, tmp_path / "wrong.png")
+    first, second = figure.axes[:2]
+    probability = logits[7].softmax(0).max()
+    assert first.get_title() == f"{test_set.classes[(labels[7] + 1) % 10]} {probability:.0%}"
+    assert first.texts[0].get_text() == f"is {test_set.classes[labels[7]]}"
+    assert (first.images[0].get_array() == test_set.data[7]).all()
+    assert not second.images and "1 of 500" in figure.get_suptitle()
+
+
+def test_accuracy_by_class(root):
+    test_set = load_dataset("test", "built-in", root=root)
+    labels = torch.tensor(test_set.targets)
+    logits = F.one_hot(torch.where(labels == 4, 5, labels), 10).float()
+    accuracies = utils.accuracy_by_class(test_set, logits)
+    assert accuracies == {name: 0.0 if name == test_set.classes[4] else 100.0 for name in test_set.classes}

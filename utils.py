@@ -1,0 +1,504 @@
+"""Training, testing, the rules, saving and the figures."""
+import copy
+import ctypes
+import json
+import os
+import platform
+import random
+import time
+from datetime import date
+from pathlib import Path
+
+import albumentations
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+from tqdm.auto import tqdm
+
+from dataset import FILL, load_dataset, make_loader
+from model import build_network, count_macs, count_parameters, receptive_field, trace
+
+BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito: told apart by colour-blind people
+PARAMETER_LIMIT, RECEPTIVE_FIELD_LIMIT = 200_000, 44  # the assignment's "fewer than" and "above"
+
+
+# ---------------------------------------------------------------- machine
+
+def seed_everything(seed):
+    """Seed the random generators of Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def pick_device(name=None):
+    """Return the named torch.device, or the best one here: CUDA, then MPS, then CPU."""
+    if name is None:
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else mps
+    if name == "cpu" and platform.libc_ver()[0] == "glibc":
+        # glibc hands every large activation back to the system, which clears its pages anew for the next batch.
+        # Keeping them makes the training step 1.4 (NetDilated) to 2 (PublishedDepthwise) times as fast.
+        mallopt, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None).mallopt, -1, -4
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    return torch.device(name)
+
+
+def mixed_precision(device):
+    """Return the 16-bit type to train in on this device, or None where fp32 is the better choice.
+
+    CUDA: fp16, which every GPU has, with scaled gradients. CPU: bf16 where the processor multiplies in it
+    (AVX512-BF16 or AMX); emulated elsewhere, it is slower than fp32.
+    """
+    if device.type == "cuda":
+        return torch.float16
+    cpuinfo = Path("/proc/cpuinfo")
+    if device.type == "cpu" and cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text():
+        return torch.bfloat16
+    return None
+
+
+def hardware(device):
+    """Return the name of the device, for the facts."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line] \
+        if cpuinfo.exists() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def versions():
+    """Return the versions that a result depends on."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+            "albumentations": albumentations.__version__, "numpy": np.__version__}
+
+
+# ---------------------------------------------------------------- training
+
+def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None):
+    """Train one epoch and return its (loss, accuracy): means over the samples, accuracy in percent.
+
+    The forward pass runs in `mixed_precision` of the model's device. `scheduler` steps after each batch;
+    `on_step()` is called then as well.
+    """
+    device = next(model.parameters()).device
+    dtype = mixed_precision(device)
+    scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+    model.train()
+    loss_sum, correct, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    for images, labels in loader:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if scheduler:
+            scheduler.step()
+        loss_sum += loss.detach() * len(labels)
+        correct += (logits.argmax(1) == labels).sum()
+        count += len(labels)
+        if on_step:
+            on_step()
+    return loss_sum.item() / count, 100 * correct.item() / count
+
+
+@torch.no_grad()
+def predict(model, loader):
+    """Return the (N, classes) logits and the (N,) labels of a whole loader, on the CPU, computed in fp32."""
+    device = next(model.parameters()).device
+    model.eval()
+    batches = [(model(images.to(device)).cpu(), labels) for images, labels in loader]
+    logits, labels = zip(*batches)
+    return torch.cat(logits), torch.cat(labels)
+
+
+def test(model, loader):
+    """Return the (loss, accuracy) on a loader: means over the samples, accuracy in percent, computed in fp32."""
+    return score(*predict(model, loader))
+
+
+def score(logits, labels):
+    """Return the mean cross entropy and the accuracy in percent of (N, classes) logits."""
+    return F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).float().mean().item()
+
+
+def make_optimizer(model, max_lr, weight_decay, momentum=0.9):
+    """Return SGD with Nesterov momentum; weights decay, but not norms and biases."""
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=max_lr, momentum=momentum, nesterov=True)
+
+
+def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4, device=None, checkpoint=None):
+    """Train with a one-cycle schedule and return the history: a list for each column, an entry for each epoch.
+
+    Smith and Topin, Super-convergence, https://arxiv.org/abs/1708.07120: the learning rate rises to `max_lr` over
+    the first quarter of the steps and falls to nearly zero. The test set is only looked at, never chosen on:
+    the last epoch is the result.
+
+    With a `checkpoint` path, the whole state is written there after every epoch, and a run that was interrupted
+    goes on from it, to the same weights as if nothing had happened.
+
+    Raises:
+        ValueError: a setting is impossible, or the checkpoint is of another run.
+        FloatingPointError: the loss is no longer finite.
+    """
+    if epochs < 1 or int(epochs) != epochs:
+        raise ValueError(f"epochs is {epochs}: choose a whole number, 1 or more")
+    if not max_lr > 0:
+        raise ValueError(f"max_lr is {max_lr}: choose a number above 0")
+    device = pick_device(device)
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, max_lr, weight_decay)
+    steps = epochs * len(train_loader)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=steps, pct_start=0.25)
+    scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision(device) == torch.float16)
+    history = {name: [] for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")}
+    recipe = {"network": type(model).__name__, "data": title_of(train_loader.dataset), "steps": steps,
+              "max_lr": max_lr, "weight_decay": weight_decay}
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    print(f"{epochs} epochs on {hardware(device)}, data: {recipe['data']}")
+    if checkpoint and Path(checkpoint).exists():
+        history = _resume(checkpoint, recipe, parts, train_loader, device)
+        print(f"going on after epoch {len(history['seconds'])} from {checkpoint}")
+    print("epoch  train loss  train acc %  test loss  test acc %  seconds")
+    done = len(history["seconds"])
+    with tqdm(total=steps, initial=done * len(train_loader), unit="batch", leave=False) as bar:
+        for epoch in range(done + 1, epochs + 1):
+            start = time.perf_counter()
+            result = train(model, train_loader, optimizer, scheduler, scaler, bar.update)
+            row = *result, *test(model, test_loader), time.perf_counter() - start
+            for column, value in zip(history.values(), row):
+                column.append(value)
+            print("{:5d}  {:10.4f}  {:11.2f}  {:9.4f}  {:10.2f}  {:7.1f}".format(epoch, *row), flush=True)
+            if not np.isfinite(result[0]):
+                raise FloatingPointError(f"the loss is {result[0]} in epoch {epoch}: try a max_lr below {max_lr}")
+            if checkpoint:
+                _write_checkpoint(checkpoint, recipe, parts, train_loader, history)
+    return history
+
+
+def _write_checkpoint(path, recipe, parts, loader, history):
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state.update(recipe=recipe, history=history, order=loader.sampler.generator.get_state(),
+                 random=torch.get_rng_state())
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    _replace(Path(path), lambda file: torch.save(state, file))
+
+
+def _resume(path, recipe, parts, loader, device):
+    """Put the state of a checkpoint back in its places and return its history."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    differences = [f"{name} {state['recipe'].get(name)}, not {value}" for name, value in recipe.items()
+                   if state["recipe"].get(name) != value]
+    if differences:
+        raise ValueError(f"{path} is of another run ({'; '.join(differences)}): move it away to start afresh")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    loader.sampler.generator.set_state(state["order"])
+    torch.set_rng_state(state["random"])
+    return state["history"]
+
+
+def run(network="NetDilated", data="CIFAR-10", epochs=45, batch_size=256, max_lr=0.3, weight_decay=5e-4, seed=0,
+        num_workers=None, validation_size=0, device=None, checkpoint=None, folder="weights"):
+    """Train one network from scratch, save it with its facts in `folder`, and return the model and the facts.
+
+    The whole experiment in one call, as the notebook does it step by step. With a `validation_size` the last
+    training images take the place of the test set.
+    """
+    settings = {"epochs": epochs, "batch_size": batch_size, "max_lr": max_lr, "weight_decay": weight_decay,
+                "seed": seed, "validation_size": validation_size}
+    seed_everything(seed)
+    train_set = load_dataset("train", data, validation_size, seed=seed)
+    test_set = load_dataset("validation" if validation_size else "test", data, validation_size)
+    train_loader = make_loader(train_set, batch_size, True, num_workers, seed)
+    test_loader = make_loader(test_set, min(500, len(test_set)))
+    model = build_network(network)
+    history = fit(model, train_loader, test_loader, epochs, max_lr, weight_decay, device, checkpoint)
+    return model, save(model, history, settings, title_of(test_set), folder)
+
+
+def title_of(dataset):
+    """Return the name of the data, which says so where they are not CIFAR-10."""
+    return _base(dataset).title
+
+
+# ---------------------------------------------------------------- saving
+
+def save(model, history, settings, data, folder="weights"):
+    """Write the state dict to `folder/NAME.pt` and the facts to `folder/NAME.json`; return the facts.
+
+    Each file is written aside and renamed, so that an old one is there until its replacement is complete.
+    """
+    name, folder = type(model).__name__, Path(folder)
+    last = {column: values[-1] for column, values in history.items() if column != "seconds"}
+    facts = {
+        "network": name, "data": data, "parameters": count_parameters(model), "macs": count_macs(model),
+        "receptive_field": receptive_field(model), **last, "seconds": sum(history["seconds"]),
+        "hardware": hardware(next(model.parameters()).device), "date": date.today().isoformat(),
+        "versions": versions(), "settings": settings, "history": history,
+    }
+    state = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / f"{name}.pt", lambda file: torch.save(state, file))
+    _replace(folder / f"{name}.json", lambda file: file.write((json.dumps(facts, indent=1) + "\n").encode()))
+    return facts
+
+
+def load(name, folder="weights"):
+    """Return the named network with its saved weights, and its facts.
+
+    Raises:
+        ValueError: the network is unknown, or the file is not one of its state dicts. FileNotFoundError: no file.
+    """
+    model, path = build_network(name), Path(folder) / f"{name}.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: train {name} first, or take it from the repository")
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is damaged or holds another network than {name} ({reason}): "
+                         "train it again, or take it from the repository") from error
+    return model.eval(), load_facts(name, folder)
+
+
+def load_facts(name, folder="weights"):
+    """Return the facts of a saved network."""
+    return json.loads((Path(folder) / f"{name}.json").read_text())
+
+
+def _replace(path, write):
+    """Have `write(file)` fill a new file, then put it in the place of `path` at once."""
+    new = path.with_name(path.name + ".new")
+    with open(new, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+# ---------------------------------------------------------------- the rules
+
+def convolution_units(steps):
+    """Return the convolutions before the global pooling as tuples of steps: a depthwise one and the pointwise one
+    beside it, in either order, are one unit."""
+    units = []
+    for step in steps:
+        if step.kind == "global average pooling":
+            break
+        if step.kind != "convolution":
+            continue
+        if units and len(units[-1]) == 1 and {_role(units[-1][0]), _role(step)} == {"depthwise", "pointwise"}:
+            units[-1] = (*units[-1], step)
+        else:
+            units.append((step,))
+    return units
+
+
+def _role(step):
+    if step.groups > 1 and step.groups == step.channels[0]:
+        return "depthwise"
+    return "pointwise" if (step.kernel, step.stride, step.groups) == (1, 1, 1) else "standard"
+
+
+def check_rules(model, transform):
+    """Measure the assignment's rules on a network, by running it, and on its training transform.
+
+    Returns rows of (rule, what was measured, whether the rule holds).
+    """
+    steps = trace(model)
+    units = convolution_units(steps)
+    strides = [max(step.stride for step in unit) for unit in units]
+    ends = [number for number, stride in enumerate(strides, 1) if stride > 1]
+    blocks = [strides[start:end] for start, end in zip([0, *ends], [*ends, len(strides)]) if start < end]
+    pooling = [step for step in steps if "pooling" in step.kind]
+    early = [step.operation for step in pooling[:-1]]
+    last = pooling[-1] if pooling else None
+    head = [step.kind for step in steps[steps.index(last) + 1:]] if last else []
+    dilations = [step.dilation for unit in units for step in unit if step.dilation > 1]
+    field, parameters = receptive_field(model), count_parameters(model)
+    return [
+        ("four blocks", f"{len(blocks)}", len(blocks) == 4),
+        ("three convolutions in each", " ".join(str(len(block)) for block in blocks),
+         all(len(block) == 3 for block in blocks)),
+        ("stride 2 in the last of each, only there", " | ".join(" ".join(map(str, block)) for block in blocks),
+         all(block[-1] == 2 for block in blocks)),
+        ("no pooling but the final one", ", ".join(early) or "none", not early),
+        (f"receptive field above {RECEPTIVE_FIELD_LIMIT}", f"{field}", field > RECEPTIVE_FIELD_LIMIT),
+        ("a depthwise-separable convolution", f"{sum(len(unit) == 2 for unit in units)}",
+         any(len(unit) == 2 for unit in units)),
+        ("a dilated convolution", f"{len(dilations)}", bool(dilations)),
+        ("global average pooling at the end", f"{last.kind} of {last.size[0]}x{last.size[0]}" if last else "none",
+         last is not None and last.kind == "global average pooling"),
+        ("then at most one fully connected layer", ", ".join(head) or "nothing", head in ([], ["fully connected"])),
+        (f"fewer than {PARAMETER_LIMIT:,} parameters", f"{parameters:,}", parameters < PARAMETER_LIMIT),
+        *_check_transform(transform),
+    ]
+
+
+def _check_transform(transform):
+    """Return the rows of the rules about augmentation, from what the transforms do to plain images."""
+    steps = {type(step).__name__: step for step in transform.transforms}
+    probabilities = {name: steps[name].p if name in steps else 0 for name in ("HorizontalFlip", "ShiftScaleRotate")}
+    rows = [(name, f"p = {p}" if p else "missing", p > 0) for name, p in probabilities.items()]
+    hole, colour = _measure_hole(steps["CoarseDropout"]) if "CoarseDropout" in steps else ("missing", None)
+    rows.append(("CoarseDropout: one 16x16 hole", hole, hole == "16x16"))
+    text = "missing" if colour is None else " ".join(f"{channel:.0f}" for channel in colour)
+    rows.append(("... filled with the mean colour", text, colour is not None and np.allclose(colour, FILL, atol=1)))
+    side = "x".join(map(str, transform(image=np.zeros((40, 40, 3), np.uint8))["image"].shape[:2]))
+    return [*rows, ("Resize", f"40x40 becomes {side}", "Resize" in steps and side == "32x32")]
+
+
+def _measure_hole(coarse_dropout, draws=50):
+    """Return the size of the largest hole, as "16x16", and its colour; "... of another shape" if not one rectangle."""
+    coarse_dropout = copy.deepcopy(coarse_dropout)
+    coarse_dropout.p = 1
+    heights, widths, colours = [], [], []
+    for base in np.resize((0, 255), draws):
+        image = coarse_dropout(image=np.full((32, 32, 3), base, np.uint8))["image"]
+        hole = (image != base).any(2)
+        rows, columns = hole.any(1).sum(), hole.any(0).sum()
+        if hole.sum() != rows * columns or not hole.any():
+            return "none or of another shape", None
+        heights, widths, colours = [*heights, rows], [*widths, columns], [*colours, image[hole]]
+    return f"{max(heights)}x{max(widths)}", np.concatenate(colours).mean(0)
+
+
+def format_rules(rows):
+    """Return the rows of `check_rules` as a text table."""
+    lines = [f"{rule:42} {measured:38} {'holds' if holds else 'BROKEN'}" for rule, measured, holds in rows]
+    return "\n".join([f"{'rule':42} {'measured':38}", *lines])
+
+
+# ---------------------------------------------------------------- the comparison
+
+PUBLISHED = {  # epochs and test accuracy, as the published answers state them
+    "PublishedDilated": ("fewer than 175", "more than 85"),
+    "PublishedDepthwise": ("120", "85.24"),
+}
+
+
+def comparison_table(all_facts):
+    """Return the facts of several networks as a Markdown table, the published figures beside ours."""
+    head = ("network", "parameters", "multiply-accumulates", "receptive field", "epochs", "train accuracy %",
+            "test accuracy %", "time", "published: epochs", "published: test accuracy %")
+    rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for facts in all_facts:
+        rows.append((facts["network"], f"{facts['parameters']:,}", f"{facts['macs'] / 1e6:.1f} M",
+                     str(facts["receptive_field"]), str(facts["settings"]["epochs"]),
+                     f"{facts['train_accuracy']:.2f}", f"{facts['test_accuracy']:.2f}",
+                     f"{facts['seconds'] / 60:.0f} min", *PUBLISHED.get(facts["network"], ("-", "-"))))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+# ---------------------------------------------------------------- the figures
+
+def plot_augmentations(dataset, path, rows=5, columns=10):
+    """Draw training images as they are (first row) and as the network sees them; save to `path`, return the figure."""
+    base = _base(dataset)
+    figure, axes = plt.subplots(rows, columns, figsize=(10, 1.05 * rows + 0.6), layout="constrained")
+    for line, index in zip(axes.T, np.linspace(0, len(dataset) - 1, columns, dtype=int).tolist()):
+        augmented = dataset.__getitems__([index] * (rows - 1))
+        label = augmented[0][1]
+        for axis, image in zip(line, [base.data[index], *(image for image, _ in augmented)]):
+            _show(axis, image)
+        line[0].set_title(base.classes[label], fontsize=10)
+    figure.suptitle(f"{base.title}: training images, and four augmented versions of each")
+    return _finish(figure, path)
+
+
+def plot_loss(history, path, data="CIFAR-10"):
+    """Draw the training and test loss over the epochs; save to `path`, return the figure."""
+    return _plot_curves(history, "loss", "cross entropy", path, data)
+
+
+def plot_accuracy(history, path, data="CIFAR-10"):
+    """Draw the training and test accuracy over the epochs; save to `path`, return the figure."""
+    return _plot_curves(history, "accuracy", "accuracy, %", path, data)
+
+
+def _plot_curves(history, name, unit, path, data):
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    for split, colour, style in (("train", BLUE, "--"), ("test", ORANGE, "-")):
+        values = history[f"{split}_{name}"]
+        axis.plot(range(1, len(values) + 1), values, style, color=colour, marker="o", markersize=3,
+                  label=f"{split} (augmented)" if split == "train" else split)
+        axis.annotate(f"{values[-1]:.4g}", (len(values), values[-1]), color=colour, fontsize=10,
+                      xytext=(6, 0), textcoords="offset points", va="center")
+    axis.set(xlabel="epoch", ylabel=unit, title=f"{name.capitalize()} on {data}")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.margins(x=0.08)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return _finish(figure, path)
+
+
+def plot_misclassified(dataset, logits, path, rows=3, columns=8):
+    """Draw the first test images that the (N, classes) logits get wrong, with the predicted class, its probability
+    and the true class; save to `path`, return the figure."""
+    base = _base(dataset)
+    labels = torch.tensor(base.targets)
+    confidence, predicted = logits.softmax(1).max(1)
+    wrong = (predicted != labels).nonzero().flatten().tolist()
+    figure, axes = plt.subplots(rows, columns, figsize=(10, 1.6 * rows + 0.4), layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, index in zip(axes.flat, wrong):
+        _show(axis, base.data[index])
+        axis.set_title(f"{base.classes[predicted[index]]} {confidence[index]:.0%}", fontsize=9, color=ORANGE, pad=3)
+        axis.text(0.5, -0.04, f"is {base.classes[labels[index]]}", fontsize=9, color=BLUE, ha="center", va="top",
+                  transform=axis.transAxes)
+    figure.suptitle(f"{base.title}: {len(wrong):,} of {len(labels):,} test images are misclassified; the first of them")
+    return _finish(figure, path)
+
+
+def plot_confusion(dataset, logits, path):
+    """Draw the confusion matrix of (N, classes) logits, a row for each true class; save to `path`, return the figure."""
+    base = _base(dataset)
+    counts = multiclass_confusion_matrix(logits, torch.tensor(base.targets), len(base.classes)).numpy()
+    shares = 100 * counts / counts.sum(1, keepdims=True)
+    figure, axis = plt.subplots(figsize=(8, 6.6), layout="constrained")
+    axis.imshow(np.where(np.eye(len(counts), dtype=bool), np.nan, shares), cmap="Oranges", vmin=0, vmax=20)
+    for row, column in np.ndindex(counts.shape):
+        axis.text(column, row, f"{shares[row, column]:.1f}", ha="center", va="center", fontsize=9,
+                  fontweight="bold" if row == column else "normal")
+    axis.set_xticks(range(len(counts)), base.classes, rotation=45, ha="right")
+    axis.set_yticks(range(len(counts)), base.classes)
+    axis.set(xlabel="predicted", ylabel="true", title=f"{base.title}: of each true class, % predicted as")
+    return _finish(figure, path)
+
+
+def accuracy_by_class(dataset, logits):
+    """Return the accuracy in percent of (N, classes) logits on the images of each class, by name."""
+    base = _base(dataset)
+    labels = torch.tensor(base.targets)
+    return {name: 100 * (logits[labels == number].argmax(1) == number).float().mean().item()
+            for number, name in enumerate(base.classes)}
+
+
+def _base(dataset):
+    return getattr(dataset, "dataset", dataset)  # a Subset keeps its data set in `dataset`
+
+
+def _show(axis, image):
+    axis.imshow(image)
+    axis.axis("off")
+
+
+def _finish(figure, path):
+    """Save the figure and return it closed, so that a notebook shows it once."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    _replace(Path(path), lambda file: figure.savefig(file, dpi=100, format="png"))
+    plt.close(figure)
+    return figure
