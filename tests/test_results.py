@@ -1,0 +1,67 @@
+"""What is committed: weights, facts, notebook and README have to tell the same story."""
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torchvision
+
+import utils
+from dataset import data_folder, load_dataset, make_loader
+from model import build_network, count_macs, count_parameters, receptive_field
+
+HERE = Path(__file__).parent.parent
+NAMES = sorted(path.stem for path in (HERE / "weights").glob("*.json"))
+
+
+@pytest.fixture(scope="session")
+def real_test_set():
+    try:
+        torchvision.datasets.CIFAR10(data_folder(), train=False)
+    except RuntimeError:
+        pytest.skip(f"CIFAR-10 is not in {data_folder()}")
+    return load_dataset("test")
+
+
+def test_ours_is_committed():
+    assert "NetDilated" in NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_committed_weights_reach_the_accuracy_of_their_facts(name, real_test_set):
+    model, facts = utils.load(name, HERE / "weights")
+    loss, accuracy = utils.test(model, make_loader(real_test_set, 500))
+    assert accuracy == pytest.approx(facts["test_accuracy"], abs=0.021)  # two images: other hardware rounds otherwise
+    assert loss == pytest.approx(facts["test_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_facts_are_of_this_code(name):
+    model, facts = build_network(name), utils.load_facts(name, HERE / "weights")
+    measured = count_parameters(model), count_macs(model), receptive_field(model)
+    assert measured == (facts["parameters"], facts["macs"], facts["receptive_field"])
+    assert facts["data"] == "CIFAR-10" and facts["settings"].get("validation_size", 0) == 0
+    assert {len(column) for column in facts["history"].values()} == {facts["settings"]["epochs"]}
+    assert facts["test_accuracy"] == facts["history"]["test_accuracy"][-1]
+
+
+def test_readme_shows_the_facts():
+    ordered = ["NetDilated", *(name for name in utils.PUBLISHED if name in NAMES)]
+    table = utils.comparison_table([utils.load_facts(name, HERE / "weights") for name in ordered])
+    assert table in (HERE / "README.md").read_text()
+
+
+def test_readme_links_exist():
+    text = (HERE / "README.md").read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert links and all((HERE / link).exists() for link in links)
+
+
+def test_notebook_was_run_from_top_to_bottom_and_shows_the_facts():
+    cells = [cell for cell in json.loads((HERE / "S9.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not [output for output in outputs if output.get("name") == "stderr" or output["output_type"] == "error"]
+    text = "".join("".join(output.get("text", "")) for output in outputs)
+    facts = utils.load_facts("NetDilated", HERE / "weights")
+    assert f"CIFAR-10: test accuracy {facts['test_accuracy']:.2f} %" in text
