@@ -20,9 +20,10 @@ STD = (0.2470, 0.2435, 0.2616)
 FILL = tuple(round(255 * channel) for channel in MEAN)  # the mean colour on the scale of the uint8 images
 
 
-def train_transform(p=0.5):
-    """Return the assignment's augmentations: uint8 (H, W, 3) to uint8 (32, 32, 3), each applied with probability p.
+def train_transform(p=0.25):
+    """Return the assignment's augmentations: uint8 (H, W, 3) to uint8 (32, 32, 3).
 
+    Half of the images are mirrored; shift, scale and rotation, and the hole, are each applied with probability p.
     The border that a shift uncovers is filled by reflection; the hole of CoarseDropout (DeVries and Taylor,
     Cutout, https://arxiv.org/abs/1708.04552) with the training set's mean colour, which normalises to zero.
     """

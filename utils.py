@@ -18,7 +18,7 @@ import torchvision
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from tqdm.auto import tqdm
 
-from dataset import FILL, load_dataset, make_loader
+from dataset import FILL, load_dataset, make_loader, train_transform
 from model import build_network, count_macs, count_parameters, receptive_field, trace
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito: told apart by colour-blind people
@@ -172,7 +172,8 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
         print(f"going on after epoch {len(history['seconds'])} from {checkpoint}")
     print("epoch  train loss  train acc %  test loss  test acc %  seconds")
     done = len(history["seconds"])
-    with tqdm(total=steps, initial=done * len(train_loader), unit="batch", leave=False) as bar:
+    quiet = bool(os.environ.get("TQDM_DISABLE"))  # which tqdm itself obeys outside notebooks only
+    with tqdm(total=steps, initial=done * len(train_loader), unit="batch", leave=False, disable=quiet) as bar:
         for epoch in range(done + 1, epochs + 1):
             start = time.perf_counter()
             result = train(model, train_loader, optimizer, scheduler, scaler, bar.update)
@@ -209,17 +210,18 @@ def _resume(path, recipe, parts, loader, device):
     return state["history"]
 
 
-def run(network="NetDilated", data="CIFAR-10", epochs=45, batch_size=256, max_lr=0.3, weight_decay=5e-4, seed=0,
-        num_workers=None, validation_size=0, device=None, checkpoint=None, folder="weights"):
+def run(network="NetDilated", data="CIFAR-10", epochs=40, batch_size=256, max_lr=0.3, weight_decay=5e-4,
+        augmentation=0.25, seed=0, num_workers=None, validation_size=0, device=None, checkpoint=None, folder="weights"):
     """Train one network from scratch, save it with its facts in `folder`, and return the model and the facts.
 
-    The whole experiment in one call, as the notebook does it step by step. With a `validation_size` the last
-    training images take the place of the test set.
+    The whole experiment in one call, as the notebook does it step by step. `augmentation` is the probability that
+    `train_transform` takes; the other settings are those of `fit`, `make_loader` and `load_dataset`. With a
+    `validation_size` the last training images take the place of the test set.
     """
     settings = {"epochs": epochs, "batch_size": batch_size, "max_lr": max_lr, "weight_decay": weight_decay,
-                "seed": seed, "validation_size": validation_size}
+                "augmentation": augmentation, "seed": seed, "validation_size": validation_size}
     seed_everything(seed)
-    train_set = load_dataset("train", data, validation_size, seed=seed)
+    train_set = load_dataset("train", data, validation_size, train_transform(augmentation), seed)
     test_set = load_dataset("validation" if validation_size else "test", data, validation_size)
     train_loader = make_loader(train_set, batch_size, True, num_workers, seed)
     test_loader = make_loader(test_set, min(500, len(test_set)))
