@@ -135,6 +135,17 @@ def data_folder():
     return Path(os.environ.get("CIFAR10_ROOT") or "data")
 
 
+def require(name, value, allowed, holds):
+    """Raise a ValueError that names the setting, its value and what is allowed, unless it holds."""
+    if not holds:
+        raise ValueError(f"{name} is {value!r}: choose {allowed}")
+
+
+def is_number(value):
+    """Say whether the value is a finite number, and not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
+
+
 def load_dataset(split="train", data="CIFAR-10", validation_size=0, transform=None, seed=0, root=None):
     """Return one split of a data set.
 
@@ -150,16 +161,14 @@ def load_dataset(split="train", data="CIFAR-10", validation_size=0, transform=No
     Raises:
         ValueError: an argument is not one of those allowed. RuntimeError: the data are missing or damaged.
     """
-    if data not in DATASETS:
-        raise ValueError(f"data set {data!r} is unknown: choose one of {', '.join(DATASETS)}")
-    if split not in ("train", "validation", "test"):
-        raise ValueError(f"split {split!r} is unknown: choose train, validation or test")
+    require("data", data, f"one of {', '.join(DATASETS)}", data in DATASETS)
+    require("split", split, "train, validation or test", split in ("train", "validation", "test"))
     transform = transform or (train_transform() if split == "train" else test_transform())
     dataset = DATASETS[data](root, split != "test", transform, seed)
     if split == "test" or (split == "train" and not validation_size):
         return dataset
-    if not 0 < validation_size < len(dataset):
-        raise ValueError(f"validation_size is {validation_size}: choose 1 to {len(dataset) - 1} of the training images")
+    require("validation_size", validation_size, f"1 to {len(dataset) - 1}, some of the training images",
+            type(validation_size) is int and 0 < validation_size < len(dataset))
     border = len(dataset) - validation_size
     return Subset(dataset, range(border) if split == "train" else range(border, len(dataset)))
 
@@ -180,10 +189,10 @@ def make_loader(dataset, batch_size=256, shuffle=False, num_workers=None, seed=0
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     num_workers = cores * shuffle if num_workers is None else num_workers
-    if not 1 <= batch_size <= len(dataset):
-        raise ValueError(f"batch_size is {batch_size}: choose 1 to {len(dataset)}, the size of the data set")
-    if not 0 <= num_workers <= cores:
-        raise ValueError(f"num_workers is {num_workers}: choose 0 to {cores}, the number of cores")
+    require("batch_size", batch_size, f"1 to {len(dataset)}, the size of the data set",
+            type(batch_size) is int and 1 <= batch_size <= len(dataset))
+    require("num_workers", num_workers, f"0 to {cores}, the number of cores",
+            type(num_workers) is int and 0 <= num_workers <= cores)
     order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if shuffle else None
     return DataLoader(
         dataset, batch_size, sampler=order, num_workers=num_workers, collate_fn=_collate,

@@ -1,4 +1,5 @@
 """Training, testing, the rules, saving and the figures."""
+import contextlib
 import copy
 import ctypes
 import json
@@ -6,6 +7,7 @@ import os
 import platform
 import random
 import time
+import zipfile
 from datetime import date
 from pathlib import Path
 
@@ -18,8 +20,13 @@ import torchvision
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from tqdm.auto import tqdm
 
-from dataset import FILL, load_dataset, make_loader, train_transform
+from dataset import FILL, is_number, load_dataset, make_loader, require, train_transform
 from model import build_network, count_macs, count_parameters, receptive_field, trace
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito: told apart by colour-blind people
 PARAMETER_LIMIT, RECEPTIVE_FIELD_LIMIT = 200_000, 44  # the assignment's "fewer than" and "above"
@@ -56,20 +63,21 @@ def mixed_precision(device):
     """
     if device.type == "cuda":
         return torch.float16
-    cpuinfo = Path("/proc/cpuinfo")
-    if device.type == "cpu" and cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text():
-        return torch.bfloat16
-    return None
+    return torch.bfloat16 if device.type == "cpu" and "avx512_bf16" in _cpuinfo() else None
 
 
 def hardware(device):
     """Return the name of the device, for the facts."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line] \
-        if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")]
     return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _cpuinfo():
+    """Return what Linux says of its processors, or nothing elsewhere."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
 
 
 def versions():
@@ -85,19 +93,29 @@ def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None):
 
     The forward pass runs in `mixed_precision` of the model's device. `scheduler` steps after each batch;
     `on_step()` is called then as well.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite. RuntimeError: the GPU's memory is too small for the batch.
     """
     device = next(model.parameters()).device
     dtype = mixed_precision(device)
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     model.train()
     loss_sum, correct, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    for images, labels in loader:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
+    for step, (images, labels) in enumerate(loader, 1):
+        try:
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(f"the memory of {hardware(device)} is too small for batch_size {len(labels)}: "
+                               f"try {max(1, len(labels) // 2)}") from error
+        if not loss.isfinite():  # scaler.step waits for the GPU in any case
+            rate = optimizer.param_groups[0]["lr"]
+            raise FloatingPointError(f"step {step}: the loss is {loss.item()} at learning rate {rate:.2g}")
         scaler.step(optimizer)
         scaler.update()
         if scheduler:
@@ -138,76 +156,171 @@ def make_optimizer(model, max_lr, weight_decay, momentum=0.9):
     return torch.optim.SGD(groups, lr=max_lr, momentum=momentum, nesterov=True)
 
 
-def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4, device=None, checkpoint=None):
+def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4, device=None, checkpoint=None,
+        restart=False):
     """Train with a one-cycle schedule and return the history: a list for each column, an entry for each epoch.
 
     Smith and Topin, Super-convergence, https://arxiv.org/abs/1708.07120: the learning rate rises to `max_lr` over
     the first quarter of the steps and falls to nearly zero. The test set is only looked at, never chosen on:
     the last epoch is the result.
 
-    With a `checkpoint` path, the whole state is written there after every epoch, and a run that was interrupted
-    goes on from it, to the same weights as if nothing had happened.
+    With a `checkpoint` path, the whole state is written there after every epoch. A run that was interrupted or
+    killed goes on from it, to the same weights as if nothing had happened, and a finished one is loaded; `restart`
+    starts afresh. After an interrupt `load_history` has the epochs so far.
 
     Raises:
-        ValueError: a setting is impossible, or the checkpoint is of another run.
+        ValueError: a setting is impossible, or the checkpoint is damaged or of another run.
+        RuntimeError: another process is training with this checkpoint, or the GPU's memory is too small.
         FloatingPointError: the loss is no longer finite.
     """
-    if epochs < 1 or int(epochs) != epochs:
-        raise ValueError(f"epochs is {epochs}: choose a whole number, 1 or more")
-    if not max_lr > 0:
-        raise ValueError(f"max_lr is {max_lr}: choose a number above 0")
+    require("epochs", epochs, "a whole number, 1 or more", type(epochs) is int and epochs >= 1)
+    require("max_lr", max_lr, "a number above 0", is_number(max_lr) and max_lr > 0)
+    require("weight_decay", weight_decay, "a number, 0 or more", is_number(weight_decay) and weight_decay >= 0)
     device = pick_device(device)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, max_lr, weight_decay)
     steps = epochs * len(train_loader)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=steps, pct_start=0.25)
-    scaler = torch.amp.GradScaler(device.type, enabled=mixed_precision(device) == torch.float16)
-    history = {name: [] for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")}
-    recipe = {"network": type(model).__name__, "data": title_of(train_loader.dataset), "steps": steps,
-              "max_lr": max_lr, "weight_decay": weight_decay}
+    scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=mixed_precision(device) == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    print(f"{epochs} epochs on {hardware(device)}, data: {recipe['data']}")
-    if checkpoint and Path(checkpoint).exists():
-        history = _resume(checkpoint, recipe, parts, train_loader, device)
-        print(f"going on after epoch {len(history['seconds'])} from {checkpoint}")
-    print("epoch  train loss  train acc %  test loss  test acc %  seconds")
-    done = len(history["seconds"])
-    quiet = bool(os.environ.get("TQDM_DISABLE"))  # which tqdm itself obeys outside notebooks only
-    with tqdm(total=steps, initial=done * len(train_loader), unit="batch", leave=False, disable=quiet) as bar:
-        for epoch in range(done + 1, epochs + 1):
-            start = time.perf_counter()
-            result = train(model, train_loader, optimizer, scheduler, scaler, bar.update)
-            row = *result, *test(model, test_loader), time.perf_counter() - start
-            for column, value in zip(history.values(), row):
-                column.append(value)
-            print("{:5d}  {:10.4f}  {:11.2f}  {:9.4f}  {:10.2f}  {:7.1f}".format(epoch, *row), flush=True)
-            if not np.isfinite(result[0]):
-                raise FloatingPointError(f"the loss is {result[0]} in epoch {epoch}: try a max_lr below {max_lr}")
-            if checkpoint:
-                _write_checkpoint(checkpoint, recipe, parts, train_loader, history)
+    data = _base(train_loader.dataset)
+    recipe = {"network": type(model).__name__, "data": data.title, "images": len(train_loader.dataset),
+              "epochs": epochs, "batch_size": train_loader.batch_size, "max_lr": max_lr, "weight_decay": weight_decay,
+              "augmentations": {type(step).__name__: step.p for step in data.transform.transforms}, "seed": data.seed}
+    history = {name: [] for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")}
+    print(f"{epochs} epochs on {hardware(device)}, data: {data.title}")
+    with _alone(checkpoint):
+        if checkpoint and not restart:
+            history = _resume(checkpoint, recipe, parts, train_loader) or history
+        print("epoch  train loss  train acc %  test loss  test acc %  seconds")
+        done = len(history["seconds"])
+        quiet = bool(os.environ.get("TQDM_DISABLE"))  # which tqdm itself obeys outside notebooks only
+        with tqdm(total=steps, initial=done * len(train_loader), unit="batch", leave=False, disable=quiet) as bar:
+            for epoch in range(done + 1, epochs + 1):
+                try:
+                    start = time.perf_counter()
+                    result = train(model, train_loader, optimizer, scheduler, scaler, bar.update)
+                    row = *result, *test(model, test_loader), time.perf_counter() - start
+                    print("{:5d}  {:10.4f}  {:11.2f}  {:9.4f}  {:10.2f}  {:7.1f}".format(epoch, *row), flush=True)
+                    for column, value in zip(history.values(), row):
+                        column.append(value)
+                    if checkpoint:
+                        _write_checkpoint(checkpoint, recipe, parts, train_loader, history)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"epoch {epoch}, {error}: try a max_lr below {max_lr}") from error
+                except KeyboardInterrupt:
+                    done = len(history["seconds"])
+                    if checkpoint and done == epoch:  # the interrupt may have hit the writing
+                        _write_checkpoint(checkpoint, recipe, parts, train_loader, history)
+                    kept = f"{done} epochs are kept in {checkpoint}: run again to go on"
+                    print(f"interrupted in epoch {epoch}; {kept if checkpoint else 'nothing is kept'}", flush=True)
+                    raise
     return history
 
 
+# ---------------------------------------------------------------- checkpoints
+
+def load_history(checkpoint):
+    """Return the history of the epochs that a checkpoint holds."""
+    state = _read_checkpoint(checkpoint)
+    if state is None:
+        raise FileNotFoundError(f"{checkpoint} is not there: no epoch was finished with it")
+    return state["history"]
+
+
 def _write_checkpoint(path, recipe, parts, loader, history):
+    """Write everything that the rest of the run depends on; the checkpoint before it stays until then, and after."""
+    path = Path(path)
     state = {name: part.state_dict() for name, part in parts.items()}
-    state.update(recipe=recipe, history=history, order=loader.sampler.generator.get_state(),
-                 random=torch.get_rng_state())
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    _replace(Path(path), lambda file: torch.save(state, file))
+    state.update(recipe=recipe, history=history, random=_random_state(loader))
+    try:
+        _replace(path, lambda file: torch.save(state, file), keep=_previous(path))
+    except OSError as error:
+        print(f"{path} could not be written ({error.strerror}): training goes on, and the checkpoint before it is "
+              "kept; make room to keep the next epochs", flush=True)
 
 
-def _resume(path, recipe, parts, loader, device):
-    """Put the state of a checkpoint back in its places and return its history."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    differences = [f"{name} {state['recipe'].get(name)}, not {value}" for name, value in recipe.items()
+def _previous(path):
+    return path.with_name(path.name + ".previous")
+
+
+def _read_checkpoint(path):
+    """Return the newest checkpoint that is whole, or None if there is none yet; never runs code from the file."""
+    path, trouble = Path(path), None
+    for candidate in (path, _previous(path)):
+        if not candidate.exists():
+            continue
+        try:
+            with zipfile.ZipFile(candidate) as archive:
+                if archive.testzip():
+                    raise ValueError("a checksum differs")
+            state = torch.load(candidate, map_location="cpu", weights_only=True)
+            state["recipe"], state["history"], state["random"]
+        except Exception as error:
+            trouble = error
+            continue
+        if candidate != path:
+            print(f"{path} is damaged or missing: going back to the checkpoint before it")
+            os.replace(candidate, path)
+        return state
+    if trouble:
+        reason = " ".join(str(trouble).split())[:200]
+        raise ValueError(f"{path} is damaged or no checkpoint of this program ({reason}): "
+                         "move it away to start afresh") from trouble
+    return None
+
+
+def _resume(path, recipe, parts, loader):
+    """Put the state of a checkpoint back in its places and return its history, or None if there is none yet."""
+    state = _read_checkpoint(path)
+    if state is None:
+        return None
+    differences = [f"{name} is {state['recipe'].get(name)} there and {value} here" for name, value in recipe.items()
                    if state["recipe"].get(name) != value]
     if differences:
-        raise ValueError(f"{path} is of another run ({'; '.join(differences)}): move it away to start afresh")
+        raise ValueError(f"{path} is of another run ({'; '.join(differences)}): choose another path, "
+                         "or restart=True to start afresh")
     for name, part in parts.items():
         part.load_state_dict(state[name])
-    loader.sampler.generator.set_state(state["order"])
-    torch.set_rng_state(state["random"])
+    _set_random_state(loader, state["random"])
+    done = len(state["history"]["seconds"])
+    finished = done == recipe["epochs"]
+    print(f"{path}: {'finished before, loaded' if finished else f'going on with epoch {done + 1}'}")
     return state["history"]
+
+
+def _random_state(loader):
+    """Return the states of all random generators. Augmentations have none: the batch's indices seed them."""
+    name, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "order": loader.sampler.generator.get_state()}
+
+
+def _set_random_state(loader, state):
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    loader.sampler.generator.set_state(state["order"])
+
+
+@contextlib.contextmanager
+def _alone(path):
+    """Refuse a second process that would train with the same checkpoint. The lock ends with the process."""
+    if path is None or fcntl is None:
+        yield
+        return
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + ".lock"), "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would hold that one too
+        except OSError as error:
+            raise RuntimeError(f"another process is training with {path}: wait for it, stop it, "
+                               "or choose another folder") from error
+        yield
 
 
 def run(network="NetDilated", data="CIFAR-10", epochs=40, batch_size=256, max_lr=0.3, weight_decay=5e-4,
@@ -251,7 +364,6 @@ def save(model, history, settings, data, folder="weights"):
         "versions": versions(), "settings": settings, "history": history,
     }
     state = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
-    folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / f"{name}.pt", lambda file: torch.save(state, file))
     _replace(folder / f"{name}.json", lambda file: file.write((json.dumps(facts, indent=1) + "\n").encode()))
     return facts
@@ -280,13 +392,20 @@ def load_facts(name, folder="weights"):
     return json.loads((Path(folder) / f"{name}.json").read_text())
 
 
-def _replace(path, write):
-    """Have `write(file)` fill a new file, then put it in the place of `path` at once."""
+def _replace(path, write, keep=None):
+    """Have `write(file)` fill a new file, then put it in the place of `path` at once; `keep` gets the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
-    with open(new, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(new, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    if keep and path.exists():
+        os.replace(path, keep)
     os.replace(new, path)
 
 
@@ -500,7 +619,6 @@ def _show(axis, image):
 
 def _finish(figure, path):
     """Save the figure and return it closed, so that a notebook shows it once."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     _replace(Path(path), lambda file: figure.savefig(file, dpi=100, format="png"))
     plt.close(figure)
     return figure

@@ -136,8 +136,8 @@ def test_folder_comes_from_the_environment(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(split="training"), "split 'training' is unknown: choose train, validation or test"),
-    (dict(data="MNIST"), "data set 'MNIST' is unknown: choose one of CIFAR-10, built-in"),
+    (dict(split="training"), "split is 'training': choose train, validation or test"),
+    (dict(data="MNIST"), "data is 'MNIST': choose one of CIFAR-10, built-in"),
     (dict(split="validation"), "validation_size is 0: choose 1 to 1999"),
     (dict(validation_size=2000), "validation_size is 2000: choose 1 to 1999"),
 ])

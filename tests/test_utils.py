@@ -114,7 +114,7 @@ def test_impossible_settings_are_named(arguments, message, root):
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(root):
-    with pytest.raises(FloatingPointError, match="epoch 1: try a max_lr below 1e"):
+    with pytest.raises(FloatingPointError, match=r"epoch 1, step \d+: the loss is (nan|inf) at learning rate .*: try a max_lr below 1e"):
         fit_tiny(root, max_lr=1e30)
 
 
@@ -144,8 +144,17 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(root, tmp_path, monkeypa
 def test_a_checkpoint_of_another_run_is_refused_by_name(root, tmp_path):
     checkpoint = tmp_path / "checkpoint.pt"
     fit_tiny(root, 1, checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="is of another run .*max_lr 0.3, not 0.2"):
+    with pytest.raises(ValueError, match="is of another run .*max_lr is 0.3 there and 0.2 here"):
         fit_tiny(root, 1, max_lr=0.2, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", pickle.dumps(print, protocol=2)], ids=["empty", "text", "code"])
+def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(content, root, tmp_path):
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.write_bytes(content)
+    with pytest.raises(ValueError, match="checkpoint.pt is damaged or no checkpoint"):
+        fit_tiny(root, 1, checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == content
 
 
 def test_run_is_the_whole_experiment(root, tmp_path, monkeypatch):
@@ -273,7 +282,7 @@ def test_saved_weights_and_facts_come_back(tmp_path):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["NetDilated.json", "NetDilated.pt"]
 
 
-@pytest.mark.parametrize("content", [b"", b"not a state dict", pickle.dumps(print)], ids=["empty", "text", "code"])
+@pytest.mark.parametrize("content", [b"", b"not a state dict", pickle.dumps(print, protocol=2)], ids=["empty", "text", "code"])
 def test_a_foreign_or_damaged_file_is_refused_by_name(content, tmp_path):
     (tmp_path / "NetDilated.pt").write_bytes(content)
     with pytest.raises(ValueError, match="NetDilated.pt is damaged or holds another network") as error:

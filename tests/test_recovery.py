@@ -1,0 +1,173 @@
+"""Nothing is lost: runs that are killed, files that are damaged, disks that are full."""
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import utils
+
+HERE = Path(__file__).parent.parent
+RUN = """
+    import sys
+    sys.path.insert(0, {here!r})
+    import torch
+    from torch import nn
+    import utils
+    from dataset import load_dataset, make_loader
+
+    torch.set_num_threads(1)
+    utils.seed_everything(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, 4), nn.BatchNorm2d(16), nn.SiLU(), nn.Dropout(0.1), nn.Flatten(),
+                          nn.Linear(1024, 10))
+    train_set, test_set = (load_dataset(split, "built-in", root={root!r}) for split in ("train", "test"))
+    loader = make_loader(train_set, 100, True, num_workers={workers})
+    history = utils.fit(model, loader, make_loader(test_set, 500), 5, 0.05, device="cpu", checkpoint={checkpoint!r})
+    torch.save(model.state_dict(), {result!r})
+"""
+
+
+class Run:
+    """A small training in a process of its own."""
+
+    def __init__(self, folder, root, workers=0):
+        self.checkpoint, self.result = folder / "checkpoint.pt", folder / "result.pt"
+        self.code = textwrap.dedent(RUN).format(here=str(HERE), root=str(root), workers=workers,
+                                                checkpoint=str(self.checkpoint), result=str(self.result))
+
+    def start(self):
+        return subprocess.Popen([sys.executable, "-c", self.code], text=True, start_new_session=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "TQDM_DISABLE": "1"})
+
+    def finish(self):
+        process = self.start()
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+        return output, torch.load(self.result, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(root, tmp_path_factory):
+    return Run(tmp_path_factory.mktemp("whole"), root).finish()[1]
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def wait_for(process, line):
+    for output in process.stdout:
+        if line in output:
+            return
+    raise AssertionError(f"ended without {line!r}")
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_the_same_seed_gives_the_same_weights_at_any_number_of_workers(workers, root, tmp_path, uninterrupted):
+    if workers > len(os.sched_getaffinity(0)):
+        pytest.skip("there are not as many cores")
+    assert equal(uninterrupted, Run(tmp_path, root, workers).finish()[1])
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(root, tmp_path, uninterrupted):
+    """SIGKILL three times, at a random moment of the training that is left."""
+    run, moments = Run(tmp_path, root, workers=1), random.Random(0)
+    for _ in range(3):
+        process = run.start()
+        wait_for(process, "seconds")
+        time.sleep(moments.uniform(0, 0.6))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    output, weights = run.finish()
+    assert equal(uninterrupted, weights)
+
+
+def test_a_finished_run_is_loaded(root, tmp_path, uninterrupted):
+    run = Run(tmp_path, root)
+    run.finish()
+    output, weights = run.finish()
+    assert "finished before, loaded" in output and equal(uninterrupted, weights)
+
+
+def test_an_interrupt_says_what_is_kept(root, tmp_path, uninterrupted):
+    run = Run(tmp_path, root)
+    process = run.start()
+    wait_for(process, "    1  ")
+    process.send_signal(signal.SIGINT)
+    output = process.communicate()[0]
+    assert process.returncode != 0
+    kept = len(utils.load_history(run.checkpoint)["test_accuracy"])
+    assert kept >= 1 and f"{kept} epochs are kept in {run.checkpoint}: run again to go on" in output
+    output, weights = run.finish()
+    assert "going on with epoch" in output and equal(uninterrupted, weights)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda data: data[: len(data) // 2],
+    lambda data: b"",
+    lambda data: data[:2000] + bytes([data[2000] ^ 1]) + data[2001:],
+], ids=["half", "empty", "one bit"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, root, tmp_path, uninterrupted):
+    run = Run(tmp_path, root)
+    run.finish()
+    run.checkpoint.write_bytes(damage(run.checkpoint.read_bytes()))
+    output, weights = run.finish()
+    assert "is damaged or missing: going back" in output and "going on with epoch 5" in output
+    assert equal(uninterrupted, weights)
+
+
+def test_a_kill_between_the_two_renames_loses_nothing(root, tmp_path, uninterrupted):
+    run = Run(tmp_path, root)
+    run.finish()
+    run.checkpoint.unlink()
+    output, weights = run.finish()
+    assert "going on with epoch 5" in output and equal(uninterrupted, weights)
+
+
+def test_a_second_process_is_refused(root, tmp_path):
+    run = Run(tmp_path, root, workers=1)
+    first = run.start()
+    wait_for(first, "seconds")
+    os.kill(first.pid, signal.SIGSTOP)  # at work for as long as the second one needs to notice
+    second = run.start()
+    output = second.communicate()[0]
+    assert second.returncode != 0 and output.splitlines()[-1].endswith(
+        f"another process is training with {run.checkpoint}: wait for it, stop it, or choose another folder")
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert run.finish()  # the lock ended with the process
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting needs root")
+def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(root, tmp_path, uninterrupted):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk]).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        run = Run(disk, root)
+        run.finish()
+        size = run.checkpoint.stat().st_size
+        for path in disk.iterdir():
+            path.unlink()
+        (disk / "ballast").write_bytes(bytes(2**20 - int(1.5 * size)))  # room for one checkpoint, not for two
+        process = run.start()
+        output = process.communicate()[0]
+        assert "could not be written (No space left on device): training goes on" in output
+        assert len(utils.load_history(run.checkpoint)["seconds"]) == 1 and "    5  " in output
+        (disk / "ballast").unlink()
+        output, weights = run.finish()
+        assert "going on with epoch 2" in output and equal(uninterrupted, weights)
+    finally:
+        subprocess.run(["umount", "--lazy", disk])
