@@ -2,6 +2,7 @@
 import os
 import pickle
 import random
+import shutil
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torchvision.datasets.utils import check_integrity
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images, by channel, 0 to 1
 STD = (0.2470, 0.2435, 0.2616)
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 FILL = tuple(round(255 * channel) for channel in MEAN)  # the mean colour on the scale of the uint8 images
 
 
@@ -24,9 +26,13 @@ def train_transform(p=0.25):
     """Return the assignment's augmentations: uint8 (H, W, 3) to uint8 (32, 32, 3).
 
     Half of the images are mirrored; shift, scale and rotation, and the hole, are each applied with probability p.
+    Raises:
+        ValueError: p is not a probability.
+
     The border that a shift uncovers is filled by reflection; the hole of CoarseDropout (DeVries and Taylor,
     Cutout, https://arxiv.org/abs/1708.04552) with the training set's mean colour, which normalises to zero.
     """
+    require("augmentation", p, "a probability, 0 to 1", is_number(p) and 0 <= p <= 1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="ShiftScaleRotate is a special case of Affine")  # the rules name it
         return A.Compose([
@@ -72,6 +78,8 @@ class CIFAR10(torchvision.datasets.CIFAR10):
         root = Path(root or data_folder())
         try:
             super().__init__(root, train, transform, download=True)
+            if not _consistent(self.data, self.targets):
+                raise ValueError("images and labels do not fit together")
         except Exception as error:
             raise RuntimeError(self._trouble(root, error)) from error
 
@@ -92,12 +100,18 @@ class CIFAR10(torchvision.datasets.CIFAR10):
 
     def _trouble(self, root, error):
         """Say in one line why the data could not be loaded and what to do."""
-        folder = root / self.base_folder
+        folder, archive = root / self.base_folder, root / self.filename
+        cause = " ".join(str(error).split())
         for name, md5 in [*self.train_list, *self.test_list, [self.meta["filename"], self.meta["md5"]]]:
             if folder.exists() and not _readable(folder / name, md5):
-                return (f"{folder / name} is missing or damaged ({error}): remove {folder} and run again to download "
+                return (f"{folder / name} is missing or damaged ({cause}): remove {folder} and run again to download "
                         f"{self.title}, or unpack {self.filename} there again")
-        return (f"{self.title} is not in {root} and could not be downloaded ({error}): put {self.filename} from "
+        if archive.exists() and not check_integrity(archive, self.tgz_md5):
+            return f"{archive} is incomplete or damaged ({cause}): run again with a network, or fetch it from {self.url}"
+        existing = next(path for path in (root, *root.resolve().parents) if path.exists())
+        if not (existing.is_dir() and os.access(existing, os.W_OK)):
+            return f"{root} can't be written ({cause}): name another folder with CIFAR10_ROOT"
+        return (f"{self.title} is not in {root} and could not be downloaded ({cause}): put {self.filename} from "
                 f"{self.url} into {root} and run again, or run `make demo`, which needs no data")
 
 
@@ -187,12 +201,16 @@ def make_loader(dataset, batch_size=256, shuffle=False, num_workers=None, seed=0
     Raises:
         ValueError: the batch size is not between 1 and the size of the data set, or there are too many workers.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    num_workers = cores * shuffle if num_workers is None else num_workers
+    num_workers = CORES * shuffle if num_workers is None else num_workers
     require("batch_size", batch_size, f"1 to {len(dataset)}, the size of the data set",
             type(batch_size) is int and 1 <= batch_size <= len(dataset))
-    require("num_workers", num_workers, f"0 to {cores}, the number of cores",
-            type(num_workers) is int and 0 <= num_workers <= cores)
+    require("num_workers", num_workers, f"0 to {CORES}, the number of cores",
+            type(num_workers) is int and 0 <= num_workers <= CORES)
+    shared, needed = Path("/dev/shm"), 2 * num_workers * batch_size * 3 * 32 * 32 * 4  # each prefetches two batches
+    if num_workers and shared.exists() and shutil.disk_usage(shared).free < needed:
+        print(f"{shared} has {shutil.disk_usage(shared).free >> 20} MB free, too little for {num_workers} worker "
+              "processes: loading without them (in Docker, --shm-size=1g gives more)")
+        num_workers = 0
     order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if shuffle else None
     return DataLoader(
         dataset, batch_size, sampler=order, num_workers=num_workers, collate_fn=_collate,
@@ -208,12 +226,18 @@ def _collate(items):
 
 
 def _readable(path, md5):
-    """Say whether a batch file is there, unharmed and a pickle."""
+    """Say whether a batch file is there, unharmed, a pickle, and holds images and labels that fit together."""
     try:
-        pickle.loads(path.read_bytes(), encoding="latin1")
+        batch = pickle.loads(path.read_bytes(), encoding="latin1")
+        fits = _consistent(batch["data"].reshape(-1, 3, 32, 32), batch["labels"]) if "data" in batch else True
     except Exception:
         return False
-    return check_integrity(path, md5)
+    return fits and check_integrity(path, md5)
+
+
+def _consistent(images, labels):
+    """Say whether there is one label, 0 to 9, for each image."""
+    return len(images) == len(labels) > 0 and 0 <= min(labels) and max(labels) < len(CLASSES)
 
 
 def _draw(label, random_generator):

@@ -20,8 +20,8 @@ import torchvision
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 from tqdm.auto import tqdm
 
-from dataset import FILL, is_number, load_dataset, make_loader, require, train_transform
-from model import build_network, count_macs, count_parameters, receptive_field, trace
+from dataset import CORES, DATASETS, FILL, is_number, load_dataset, make_loader, require, train_transform
+from model import NETWORKS, build_network, count_macs, count_parameters, receptive_field, trace
 
 try:
     import fcntl
@@ -32,20 +32,53 @@ BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito: told apart by colour-blind
 PARAMETER_LIMIT, RECEPTIVE_FIELD_LIMIT = 200_000, 44  # the assignment's "fewer than" and "above"
 
 
-# ---------------------------------------------------------------- machine
+# ---------------------------------------------------------------- settings and machine
+
+def check_settings(**settings):
+    """Refuse impossible settings before any work begins: a ValueError names the setting, its value and what is
+    allowed. (What depends on the data, as the largest batch size, is checked with them.)"""
+    for name, value in settings.items():
+        require("setting", name, f"from {', '.join(ALLOWED)}", name in ALLOWED)
+        allowed, holds = ALLOWED[name]
+        require(name, value, allowed, holds(value))
+
+
+def _whole(low, high=float("inf")):
+    return lambda value: type(value) is int and low <= value <= high
+
+
+ALLOWED = {
+    "network": (f"one of {', '.join(NETWORKS)}", lambda value: value in list(NETWORKS)),
+    "data": (f"one of {', '.join(DATASETS)}", lambda value: value in list(DATASETS)),
+    "epochs": ("a whole number, 1 or more", _whole(1)),
+    "batch_size": ("a whole number, 1 or more", _whole(1)),
+    "max_lr": ("a number above 0", lambda value: is_number(value) and value > 0),
+    "weight_decay": ("a number, 0 or more", lambda value: is_number(value) and value >= 0),
+    "augmentation": ("a probability, 0 to 1", lambda value: is_number(value) and 0 <= value <= 1),
+    "seed": ("a whole number, 0 to 4294967295", _whole(0, 2**32 - 1)),
+    "num_workers": (f"None, or 0 to {CORES}, the number of cores",
+                    lambda value: value is None or _whole(0, CORES)(value)),
+    "validation_size": ("a whole number, 0 or more", _whole(0)),
+    "device": ("None or a device of this machine, such as cpu",
+               lambda value: value is None or str(value).split(":")[0] in _devices()),
+    "folder": ("the path of a folder", lambda value: isinstance(value, (str, Path)) and not Path(value).is_file()),
+    "retrain": (f"a list of published networks, of {', '.join(list(NETWORKS)[1:])}",
+                lambda value: isinstance(value, list) and all(name in list(NETWORKS)[1:] for name in value)),
+    "retrain_epochs": ("a whole number, 1 or more", _whole(1)),
+}
 
 def seed_everything(seed):
-    """Seed the random generators of Python, NumPy and PyTorch."""
+    """Seed the random generators of Python, NumPy and PyTorch; a ValueError names a seed that NumPy can't take."""
+    check_settings(seed=seed)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def pick_device(name=None):
-    """Return the named torch.device, or the best one here: CUDA, then MPS, then CPU."""
-    if name is None:
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else mps
+    """Return the named torch.device, or the best one here: CUDA, then MPS, then CPU. A ValueError names others."""
+    check_settings(device=name)
+    name = _devices()[0] if name is None else str(name)
     if name == "cpu" and platform.libc_ver()[0] == "glibc":
         # glibc hands every large activation back to the system, which clears its pages anew for the next batch.
         # Keeping them makes the training step 1.4 (NetDilated) to 2 (PublishedDepthwise) times as fast.
@@ -53,6 +86,12 @@ def pick_device(name=None):
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     return torch.device(name)
+
+
+def _devices():
+    """Return the kinds of device that this machine has, the best first."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [kind for kind in there if there[kind]]
 
 
 def mixed_precision(device):
@@ -173,9 +212,7 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
         RuntimeError: another process is training with this checkpoint, or the GPU's memory is too small.
         FloatingPointError: the loss is no longer finite.
     """
-    require("epochs", epochs, "a whole number, 1 or more", type(epochs) is int and epochs >= 1)
-    require("max_lr", max_lr, "a number above 0", is_number(max_lr) and max_lr > 0)
-    require("weight_decay", weight_decay, "a number, 0 or more", is_number(weight_decay) and weight_decay >= 0)
+    check_settings(epochs=epochs, max_lr=max_lr, weight_decay=weight_decay)
     device = pick_device(device)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, max_lr, weight_decay)
@@ -333,6 +370,7 @@ def run(network="NetDilated", data="CIFAR-10", epochs=40, batch_size=256, max_lr
     """
     settings = {"epochs": epochs, "batch_size": batch_size, "max_lr": max_lr, "weight_decay": weight_decay,
                 "augmentation": augmentation, "seed": seed, "validation_size": validation_size}
+    check_settings(network=network, data=data, num_workers=num_workers, device=device, folder=folder, **settings)
     seed_everything(seed)
     train_set = load_dataset("train", data, validation_size, train_transform(augmentation), seed)
     test_set = load_dataset("validation" if validation_size else "test", data, validation_size)

@@ -2,8 +2,11 @@
 import hashlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ import torch
 
 import dataset
 from dataset import FILL, MEAN, STD, load_dataset, make_loader, normalise, train_transform, unnormalise
+
+HERE = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +33,7 @@ def epoch(loader):
 
 
 def test_import_is_silent_and_touches_nothing(tmp_path):
-    code = f"import sys; sys.path.insert(0, {os.getcwd()!r}); import dataset, model, utils; utils.train_transform"
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import dataset, model, utils; utils.train_transform"
     code = code.replace("utils.train_transform", "dataset.train_transform(); dataset.test_transform()")
     run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], cwd=tmp_path, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -89,7 +94,7 @@ def test_batches_are_the_same_at_any_number_of_workers(train_set):
 
 def test_no_epoch_batch_or_worker_repeats_a_stream_of_augmentations(root):
     """One image, over and over: any two that come out alike would be a repeated draw."""
-    train_set = load_dataset("train", "built-in", root=root)
+    train_set = load_dataset("train", "built-in", transform=train_transform(p=1), root=root)
     train_set.data[:] = train_set.data[0]
     loader = make_loader(train_set, 250, True)
     batches = [images for _ in range(2) for images, _ in loader]
@@ -97,6 +102,33 @@ def test_no_epoch_batch_or_worker_repeats_a_stream_of_augmentations(root):
     assert len(set(fingerprints)) == len(batches) == 16
     starts = [batch[:3] for batch in fingerprints]  # not even the first draws of a batch are another's
     assert len(set(starts)) == len(starts)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting needs root")
+def test_too_little_shared_memory_means_no_workers_and_a_line(root, tmp_path):
+    code = f"""import sys; sys.path.insert(0, {str(HERE)!r})
+from dataset import load_dataset, make_loader
+loader = make_loader(load_dataset("train", "built-in", root={str(root)!r}), 256, True, 1)
+print("workers:", loader.num_workers, sum(len(labels) for _, labels in loader))"""
+    (tmp_path / "code.py").write_text(code)
+    run = subprocess.run(["unshare", "--mount", "sh", "-c", "mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "
+                          f"{sys.executable} {tmp_path / 'code.py'}"], text=True, capture_output=True)
+    if "mount" in run.stderr or "unshare" in run.stderr:
+        pytest.skip("mounting is not allowed here")
+    assert "/dev/shm has 1 MB free, too little for 1 worker processes: loading without them" in run.stdout
+    assert "workers: 0 2000" in run.stdout
+
+
+def test_a_worker_that_dies_is_named(root):
+    code = f"""import os, signal, sys; sys.path.insert(0, {str(HERE)!r})
+from dataset import load_dataset, make_loader
+batches = iter(make_loader(load_dataset("train", "built-in", root={str(root)!r}), 50, True, num_workers=1))
+next(batches)
+os.kill(batches._workers[0].pid, signal.SIGKILL)
+print(batches._workers[0].pid, flush=True)
+list(batches)"""
+    run = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert run.returncode and f"worker (pid {run.stdout.strip()}) is killed" in run.stderr.splitlines()[-1]
 
 
 def test_seed_decides_order_and_augmentation(root):
@@ -204,3 +236,35 @@ def test_damaged_batch_file_is_named(name, damage, cifar10_files, no_network):
     with pytest.raises(RuntimeError, match=f"{name} is missing or damaged") as error:
         load_dataset("train", root=cifar10_files.parent)
     assert "\n" not in str(error.value)
+
+
+def test_labels_out_of_range_are_named(cifar10_files, no_network, monkeypatch):
+    batch = pickle.dumps({"data": np.zeros((10, 3072), np.uint8), "labels": [10] * 10})
+    (cifar10_files / "data_batch_2").write_bytes(batch)
+    monkeypatch.setattr(dataset.CIFAR10, "train_list", [
+        [name, hashlib.md5((cifar10_files / name).read_bytes()).hexdigest()] for name, _ in dataset.CIFAR10.train_list])
+    with pytest.raises(RuntimeError, match="data_batch_2 is missing or damaged .images and labels do not fit"):
+        load_dataset("train", root=cifar10_files.parent)
+
+
+def test_a_partial_download_is_named_and_does_not_block(tmp_path, no_network, monkeypatch):
+    archive = tmp_path / "cifar-10-python.tar.gz"
+    archive.write_bytes(b"the first bytes of a download that broke off")
+    with pytest.raises(RuntimeError, match="cifar-10-python.tar.gz is incomplete or damaged .*: run again"):
+        load_dataset("train", root=tmp_path)
+
+
+def test_an_archive_put_there_by_hand_is_unpacked(cifar10_files, no_network, monkeypatch):
+    root = cifar10_files.parent
+    with tarfile.open(root / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(cifar10_files, "cifar-10-batches-py")
+    md5 = hashlib.md5((root / "cifar-10-python.tar.gz").read_bytes()).hexdigest()
+    monkeypatch.setattr(dataset.CIFAR10, "tgz_md5", md5)
+    (cifar10_files / "data_batch_1").write_bytes(b"damaged")  # repaired from the archive
+    assert len(load_dataset("train", root=root)) == 50
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, no_network):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(RuntimeError, match="can't be written .*: name another folder with CIFAR10_ROOT"):
+        load_dataset("train", root=tmp_path / "file" / "data")

@@ -102,15 +102,47 @@ def test_weights_decay_but_not_norms_and_biases():
     assert len(decayed["params"]) + len(others["params"]) == len(list(NetDilated().parameters()))
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(epochs=0), "epochs is 0: choose a whole number, 1 or more"),
-    (dict(epochs=1.5), "epochs is 1.5: choose a whole number"),
-    (dict(epochs=1, max_lr=0), "max_lr is 0: choose a number above 0"),
-    (dict(epochs=1, max_lr=-1), "max_lr is -1: choose a number above 0"),
-])
-def test_impossible_settings_are_named(arguments, message, root):
-    with pytest.raises(ValueError, match=message):
-        utils.fit(Tiny(), *loaders(root), **arguments)
+IMPOSSIBLE = {
+    "network": ["ResNet", 3, None, []], "data": ["MNIST", None, {}], "epochs": [0, -1, 1.5, "3", True, None],
+    "batch_size": [0, 2.0, "256"], "max_lr": [0, -0.1, float("nan"), float("inf"), "0.1", True],
+    "weight_decay": [-1e-4, float("nan"), None], "augmentation": [-0.1, 1.1, "half"],
+    "seed": [-1, 2**32, 1.0, None], "num_workers": [-1, 10_000, 1.0], "validation_size": [-1, 0.1],
+    "device": ["gpu", "cuda:99999" if not torch.cuda.is_available() else "tpu", 3], "folder": [None, 3, __file__],
+    "retrain": ["PublishedDilated", ["NetDilated"], None], "retrain_epochs": [0],
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in IMPOSSIBLE.items() for value in values])
+def test_impossible_settings_are_named_with_what_is_allowed(name, value):
+    with pytest.raises(ValueError) as error:
+        utils.check_settings(**{name: value})
+    assert str(error.value).startswith(f"{name} is {value!r}: choose ") and "\n" not in str(error.value)
+
+
+def test_an_unknown_setting_is_named():
+    with pytest.raises(ValueError, match="setting is 'epoch': choose from network, data, epochs"):
+        utils.check_settings(epoch=3)
+
+
+def test_possible_settings_pass():
+    utils.check_settings(network="NetDilated", data="CIFAR-10", epochs=1, batch_size=1, max_lr=1, weight_decay=0,
+                         augmentation=1, seed=2**32 - 1, num_workers=None, validation_size=0, device="cpu",
+                         folder="weights", retrain=["PublishedDilated"], retrain_epochs=1)
+
+
+@pytest.mark.parametrize("name", ["network", "data", "epochs", "batch_size", "max_lr", "weight_decay", "augmentation",
+                                  "seed", "num_workers", "validation_size", "device", "folder"])
+def test_run_refuses_impossible_settings_before_it_loads_data(name, monkeypatch):
+    monkeypatch.setattr(utils, "load_dataset", lambda *arguments: pytest.fail("work began"))
+    with pytest.raises(ValueError, match=f"^{name} is "):
+        utils.run(**{"epochs": 1, name: IMPOSSIBLE[name][0]})
+
+
+def test_fit_refuses_impossible_settings(root):
+    for arguments in ({"epochs": 0}, {"epochs": 1, "max_lr": 0}, {"epochs": 1, "weight_decay": -1},
+                      {"epochs": 1, "device": "gpu"}):
+        with pytest.raises(ValueError, match=f"^{list(arguments)[-1]} is "):
+            utils.fit(Tiny(), *loaders(root), **arguments)
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(root):
