@@ -1,9 +1,13 @@
-"""Nothing is lost: runs that are killed, files that are damaged, disks that are full."""
+"""Nothing is lost: runs that are killed, files that are damaged, disks that are full.
+
+As a script, `python tests/test_recovery.py` kills twenty runs and says how many survived.
+"""
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -11,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import utils
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
 
-HERE = Path(__file__).parent.parent
+import utils
 RUN = """
     import sys
     sys.path.insert(0, {here!r})
@@ -80,17 +85,24 @@ def test_the_same_seed_gives_the_same_weights_at_any_number_of_workers(workers, 
     assert equal(uninterrupted, Run(tmp_path, root, workers).finish()[1])
 
 
+def kill(run, moment):
+    """Start the run and SIGKILL it: `moment` seconds into the training, or, if None, while it writes a checkpoint."""
+    process, new = run.start(), run.checkpoint.with_name("checkpoint.pt.new")
+    wait_for(process, "seconds")
+    if moment is None:
+        while not new.exists() and process.poll() is None:
+            pass
+    else:
+        time.sleep(moment)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def test_a_killed_run_goes_on_to_the_same_weights(root, tmp_path, uninterrupted):
-    """SIGKILL three times, at a random moment of the training that is left."""
-    run, moments = Run(tmp_path, root, workers=1), random.Random(0)
-    for _ in range(3):
-        process = run.start()
-        wait_for(process, "seconds")
-        time.sleep(moments.uniform(0, 0.6))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    output, weights = run.finish()
-    assert equal(uninterrupted, weights)
+    run = Run(tmp_path, root, workers=1)
+    for moment in (None, random.uniform(0, 0.3), random.uniform(0, 0.6)):
+        kill(run, moment)
+    assert equal(uninterrupted, run.finish()[1])
 
 
 def test_a_finished_run_is_loaded(root, tmp_path, uninterrupted):
@@ -171,3 +183,27 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(root, tmp_
         assert "going on with epoch 2" in output and equal(uninterrupted, weights)
     finally:
         subprocess.run(["umount", "--lazy", disk])
+
+
+def main(kills=20):
+    """Kill `kills` runs, each once, resume them, and count those that end with the weights of an uninterrupted one."""
+    survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        (folder / "whole").mkdir()
+        whole = Run(folder / "whole", folder).finish()[1]
+        for number in range(kills):
+            (folder / str(number)).mkdir()
+            run = Run(folder / str(number), folder, workers=number % 2)
+            moment = None if number % 4 == 0 else random.uniform(0, 1.2)
+            kill(run, moment)
+            same = equal(whole, run.finish()[1])
+            survived += same
+            print(f"{number + 1:3d}  killed {'while writing' if moment is None else f'after {moment:.2f} s':14}  "
+                  f"{'survived' if same else 'LOST'}", flush=True)
+    print(f"{survived} of {kills} survived")
+    return survived == kills
+
+
+if __name__ == "__main__":
+    sys.exit(not main())

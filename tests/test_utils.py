@@ -150,6 +150,16 @@ def test_a_loss_that_is_not_finite_stops_the_training(root):
         fit_tiny(root, max_lr=1e30)
 
 
+def test_too_little_gpu_memory_names_the_batch_size_and_a_smaller_one(root):
+    """There is no small GPU to fill here, so the network itself raises what PyTorch would."""
+    class Huge(Tiny):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(RuntimeError, match="too small for batch_size 100: try 50"):
+        utils.fit(Huge(), *loaders(root), 1, device="cpu")
+
+
 def test_an_interrupted_run_goes_on_to_the_same_weights(root, tmp_path, monkeypatch):
     whole, history = fit_tiny(root, 4)
 
