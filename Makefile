@@ -1,7 +1,8 @@
 # Each target works as the first command on a fresh machine: what it needs is installed into .venv.
 PYTHON ?= python3
 RUN = .venv/bin/python
-EXECUTE = TQDM_DISABLE=1 $(RUN) -m jupyter nbconvert --to notebook --execute --ExecutePreprocessor.timeout=-1
+EXECUTE = TQDM_DISABLE=1 $(RUN) -m jupyter nbconvert --to notebook --execute --ExecutePreprocessor.timeout=-1 \
+	--ExecutePreprocessor.coalesce_streams=True
 
 .PHONY: demo test train clean
 
