@@ -26,11 +26,11 @@ def train_transform(p=0.25):
     """Return the assignment's augmentations: uint8 (H, W, 3) to uint8 (32, 32, 3).
 
     Half of the images are mirrored; shift, scale and rotation, and the hole, are each applied with probability p.
-    Raises:
-        ValueError: p is not a probability.
-
     The border that a shift uncovers is filled by reflection; the hole of CoarseDropout (DeVries and Taylor,
     Cutout, https://arxiv.org/abs/1708.04552) with the training set's mean colour, which normalises to zero.
+
+    Raises:
+        ValueError: p is not a probability.
     """
     require("augmentation", p, "a probability, 0 to 1", is_number(p) and 0 <= p <= 1)
     with warnings.catch_warnings():

@@ -67,6 +67,7 @@ ALLOWED = {
     "retrain_epochs": ("a whole number, 1 or more", _whole(1)),
 }
 
+
 def seed_everything(seed):
     """Seed the random generators of Python, NumPy and PyTorch; a ValueError names a seed that NumPy can't take."""
     check_settings(seed=seed)
@@ -187,12 +188,12 @@ def score(logits, labels):
     return F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).float().mean().item()
 
 
-def make_optimizer(model, max_lr, weight_decay, momentum=0.9):
-    """Return SGD with Nesterov momentum; weights decay, but not norms and biases."""
+def make_optimizer(model, max_lr, weight_decay):
+    """Return SGD with Nesterov momentum 0.9; weights decay, but not norms and biases."""
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=max_lr, momentum=momentum, nesterov=True)
+    return torch.optim.SGD(groups, lr=max_lr, momentum=0.9, nesterov=True)
 
 
 def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4, device=None, checkpoint=None,

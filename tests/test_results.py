@@ -7,7 +7,7 @@ import pytest
 import torchvision
 
 import utils
-from dataset import data_folder, load_dataset, make_loader
+from dataset import MEAN, STD, data_folder, load_dataset, make_loader
 from model import build_network, count_macs, count_parameters, receptive_field
 
 HERE = Path(__file__).parent.parent
@@ -21,6 +21,12 @@ def real_test_set():
     except RuntimeError:
         pytest.skip(f"CIFAR-10 is not in {data_folder()}")
     return load_dataset("test")
+
+
+def test_mean_and_deviation_are_those_of_the_training_set(real_test_set):
+    images = load_dataset("train").data / 255.0
+    assert images.mean((0, 1, 2)) == pytest.approx(MEAN, abs=6e-5)
+    assert images.std((0, 1, 2)) == pytest.approx(STD, abs=6e-5)
 
 
 def test_ours_is_committed():

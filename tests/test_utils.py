@@ -190,6 +190,13 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(root, tmp_path):
         fit_tiny(root, 1, max_lr=0.2, checkpoint=checkpoint)
 
 
+def test_restart_starts_afresh(root, tmp_path):
+    checkpoint = tmp_path / "checkpoint.pt"
+    fit_tiny(root, 1, checkpoint=checkpoint)
+    _, history = fit_tiny(root, 2, checkpoint=checkpoint, restart=True)
+    assert len(history["seconds"]) == 2 and utils.load_history(checkpoint) == history
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", pickle.dumps(print, protocol=2)], ids=["empty", "text", "code"])
 def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(content, root, tmp_path):
     checkpoint = tmp_path / "checkpoint.pt"
