@@ -3,6 +3,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import warnings
 from pathlib import Path
 
@@ -22,7 +23,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 FILL = tuple(round(255 * channel) for channel in MEAN)  # the mean colour on the scale of the uint8 images
 
 
-def train_transform(p=0.25):
+def train_transform(p=0.5):
     """Return the assignment's augmentations: uint8 (H, W, 3) to uint8 (32, 32, 3).
 
     Half of the images are mirrored; shift, scale and rotation, and the hole, are each applied with probability p.
@@ -214,9 +215,14 @@ def make_loader(dataset, batch_size=256, shuffle=False, num_workers=None, seed=0
     order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if shuffle else None
     return DataLoader(
         dataset, batch_size, sampler=order, num_workers=num_workers, collate_fn=_collate,
-        persistent_workers=num_workers > 0, pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0, worker_init_fn=_ignore_interrupts, pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # of the workers' own seeds, which nothing here uses
     )
+
+
+def _ignore_interrupts(worker):
+    """Leave Ctrl-C, which reaches every process, to the main one: workers that it stops could not go on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(items):

@@ -6,6 +6,7 @@ blocks, so that `C4(C3(C2(C1(x))))` is the feature map, at any input size.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -16,18 +17,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 class Depthwise(nn.Conv2d):
     """A depthwise convolution: one k x k kernel for each channel, (N, C, H, W) to (N, C, H', W').
 
-    On a CPU under bf16 autocast it runs in fp32 unless it is the plain case (3x3, stride 1, dilation 1, padding 1),
-    the only one whose bf16 backward pass is fast there: the others take 4 to 24 times as long as in fp32.
+    On a CPU under bf16 autocast only the plain case (3x3, stride 1, dilation 1, padding 1) has a fast backward pass.
+    More padding is therefore added first, which halves its time; the other cases run in fp32, 4 to 24 times as fast.
     """
 
     def __init__(self, channels, kernel_size=3, stride=1, dilation=1, padding=None):
         padding = dilation * (kernel_size // 2) if padding is None else padding
         super().__init__(channels, channels, kernel_size, stride, padding, dilation, groups=channels, bias=False)
-        self.plain = (kernel_size, stride, dilation, padding) == (3, 1, 1, 1)
+        self.margin = padding - 1 if (kernel_size, stride, dilation) == (3, 1, 1) else -1  # beyond the plain case
 
     def forward(self, x):
-        if self.plain or x.dtype != torch.bfloat16 or x.device.type != "cpu":
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or self.margin == 0:
             return super().forward(x)
+        if self.margin > 0:
+            return F.conv2d(F.pad(x, 4 * [self.margin]), self.weight, padding=1, groups=self.groups)
         with torch.autocast("cpu", enabled=False):
             return super().forward(x.float()).bfloat16()
 

@@ -2,6 +2,8 @@
 import contextlib
 import copy
 import ctypes
+import hashlib
+import itertools
 import json
 import os
 import platform
@@ -62,6 +64,8 @@ ALLOWED = {
     "device": ("None or a device of this machine, such as cpu",
                lambda value: value is None or str(value).split(":")[0] in _devices()),
     "folder": ("the path of a folder", lambda value: isinstance(value, (str, Path)) and not Path(value).is_file()),
+    "checkpoint": ("None or the path of a file", lambda value: value is None or isinstance(value, (str, Path))),
+    "restart": ("True or False", lambda value: isinstance(value, bool)),
     "retrain": (f"a list of published networks, of {', '.join(list(NETWORKS)[1:])}",
                 lambda value: isinstance(value, list) and all(name in list(NETWORKS)[1:] for name in value)),
     "retrain_epochs": ("a whole number, 1 or more", _whole(1)),
@@ -196,6 +200,9 @@ def make_optimizer(model, max_lr, weight_decay):
     return torch.optim.SGD(groups, lr=max_lr, momentum=0.9, nesterov=True)
 
 
+ROW = "{:5d}  {:10.4f}  {:11.2f}  {:9.4f}  {:10.2f}  {:7.1f}"
+
+
 def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4, device=None, checkpoint=None,
         restart=False):
     """Train with a one-cycle schedule and return the history: a list for each column, an entry for each epoch.
@@ -213,7 +220,7 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
         RuntimeError: another process is training with this checkpoint, or the GPU's memory is too small.
         FloatingPointError: the loss is no longer finite.
     """
-    check_settings(epochs=epochs, max_lr=max_lr, weight_decay=weight_decay)
+    check_settings(epochs=epochs, max_lr=max_lr, weight_decay=weight_decay, checkpoint=checkpoint, restart=restart)
     device = pick_device(device)
     model.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, max_lr, weight_decay)
@@ -224,7 +231,7 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
     data = _base(train_loader.dataset)
     recipe = {"network": type(model).__name__, "data": data.title, "images": len(train_loader.dataset),
               "epochs": epochs, "batch_size": train_loader.batch_size, "max_lr": max_lr, "weight_decay": weight_decay,
-              "augmentations": {type(step).__name__: step.p for step in data.transform.transforms}, "seed": data.seed}
+              "augmentations": str(data.transform).splitlines(), "seed": data.seed, "layers": str(model).splitlines()}
     history = {name: [] for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")}
     print(f"{epochs} epochs on {hardware(device)}, data: {data.title}")
     with _alone(checkpoint):
@@ -232,6 +239,8 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
             history = _resume(checkpoint, recipe, parts, train_loader) or history
         print("epoch  train loss  train acc %  test loss  test acc %  seconds")
         done = len(history["seconds"])
+        for epoch, row in enumerate(zip(*history.values()), 1):
+            print(ROW.format(epoch, *row))
         quiet = bool(os.environ.get("TQDM_DISABLE"))  # which tqdm itself obeys outside notebooks only
         with tqdm(total=steps, initial=done * len(train_loader), unit="batch", leave=False, disable=quiet) as bar:
             for epoch in range(done + 1, epochs + 1):
@@ -239,7 +248,9 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
                     start = time.perf_counter()
                     result = train(model, train_loader, optimizer, scheduler, scaler, bar.update)
                     row = *result, *test(model, test_loader), time.perf_counter() - start
-                    print("{:5d}  {:10.4f}  {:11.2f}  {:9.4f}  {:10.2f}  {:7.1f}".format(epoch, *row), flush=True)
+                    if not np.isfinite(row).all():  # the last step of the epoch spoilt the weights
+                        raise FloatingPointError(f"after its last step: the loss is {row[2]}")
+                    print(ROW.format(epoch, *row), flush=True)
                     for column, value in zip(history.values(), row):
                         column.append(value)
                     if checkpoint:
@@ -313,7 +324,7 @@ def _resume(path, recipe, parts, loader):
     state = _read_checkpoint(path)
     if state is None:
         return None
-    differences = [f"{name} is {state['recipe'].get(name)} there and {value} here" for name, value in recipe.items()
+    differences = [_difference(name, state["recipe"].get(name), value) for name, value in recipe.items()
                    if state["recipe"].get(name) != value]
     if differences:
         raise ValueError(f"{path} is of another run ({'; '.join(differences)}): choose another path, "
@@ -325,6 +336,14 @@ def _resume(path, recipe, parts, loader):
     finished = done == recipe["epochs"]
     print(f"{path}: {'finished before, loaded' if finished else f'going on with epoch {done + 1}'}")
     return state["history"]
+
+
+def _difference(name, there, here):
+    """Say how a setting differs; of lists of lines, where they begin to."""
+    if isinstance(there, list) and isinstance(here, list):
+        pairs = itertools.zip_longest(there, here, fillvalue="nothing")
+        there, here = next((old.strip(), new.strip()) for old, new in pairs if old != new)
+    return f"{name}: {there} there, {here} here"
 
 
 def _random_state(loader):
@@ -351,8 +370,12 @@ def _alone(path):
         yield
         return
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(path.name + ".lock"), "a") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path.with_name(path.name + ".lock"), "a")
+    except OSError as error:
+        raise RuntimeError(f"{path.parent} can't be written ({error.strerror}): choose another folder") from error
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would hold that one too
         except OSError as error:
@@ -361,8 +384,9 @@ def _alone(path):
         yield
 
 
-def run(network="NetDilated", data="CIFAR-10", epochs=40, batch_size=256, max_lr=0.3, weight_decay=5e-4,
-        augmentation=0.25, seed=0, num_workers=None, validation_size=0, device=None, checkpoint=None, folder="weights"):
+def run(network="NetDilated", data="CIFAR-10", epochs=50, batch_size=256, max_lr=0.3, weight_decay=5e-4,
+        augmentation=0.5, seed=0, num_workers=None, validation_size=0, device=None, checkpoint=None, restart=False,
+        folder="weights"):
     """Train one network from scratch, save it with its facts in `folder`, and return the model and the facts.
 
     The whole experiment in one call, as the notebook does it step by step. `augmentation` is the probability that
@@ -371,14 +395,15 @@ def run(network="NetDilated", data="CIFAR-10", epochs=40, batch_size=256, max_lr
     """
     settings = {"epochs": epochs, "batch_size": batch_size, "max_lr": max_lr, "weight_decay": weight_decay,
                 "augmentation": augmentation, "seed": seed, "validation_size": validation_size}
-    check_settings(network=network, data=data, num_workers=num_workers, device=device, folder=folder, **settings)
+    check_settings(network=network, data=data, num_workers=num_workers, device=device, folder=folder,
+                   checkpoint=checkpoint, restart=restart, **settings)
     seed_everything(seed)
     train_set = load_dataset("train", data, validation_size, train_transform(augmentation), seed)
     test_set = load_dataset("validation" if validation_size else "test", data, validation_size)
     train_loader = make_loader(train_set, batch_size, True, num_workers, seed)
     test_loader = make_loader(test_set, min(500, len(test_set)))
     model = build_network(network)
-    history = fit(model, train_loader, test_loader, epochs, max_lr, weight_decay, device, checkpoint)
+    history = fit(model, train_loader, test_loader, epochs, max_lr, weight_decay, device, checkpoint, restart)
     return model, save(model, history, settings, title_of(test_set), folder)
 
 
@@ -404,6 +429,7 @@ def save(model, history, settings, data, folder="weights"):
     }
     state = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
     _replace(folder / f"{name}.pt", lambda file: torch.save(state, file))
+    facts["sha256"] = _sha256(folder / f"{name}.pt")
     _replace(folder / f"{name}.json", lambda file: file.write((json.dumps(facts, indent=1) + "\n").encode()))
     return facts
 
@@ -412,7 +438,8 @@ def load(name, folder="weights"):
     """Return the named network with its saved weights, and its facts.
 
     Raises:
-        ValueError: the network is unknown, or the file is not one of its state dicts. FileNotFoundError: no file.
+        ValueError: the network is unknown, or the file is not one of its state dicts, or not the one that the facts
+            tell of. FileNotFoundError: no file.
     """
     model, path = build_network(name), Path(folder) / f"{name}.pt"
     if not path.exists():
@@ -423,7 +450,15 @@ def load(name, folder="weights"):
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged or holds another network than {name} ({reason}): "
                          "train it again, or take it from the repository") from error
-    return model.eval(), load_facts(name, folder)
+    facts = load_facts(name, folder)
+    if facts["sha256"] != _sha256(path):
+        raise ValueError(f"{path} is not the file that {name}.json tells of: save both again (a finished run's cells, "
+                         "run again, do), or take them from the repository")
+    return model.eval(), facts
+
+
+def _sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_facts(name, folder="weights"):
@@ -510,14 +545,24 @@ def check_rules(model, transform):
 def _check_transform(transform):
     """Return the rows of the rules about augmentation, from what the transforms do to plain images."""
     steps = {type(step).__name__: step for step in transform.transforms}
-    probabilities = {name: steps[name].p if name in steps else 0 for name in ("HorizontalFlip", "ShiftScaleRotate")}
-    rows = [(name, f"p = {p}" if p else "missing", p > 0) for name, p in probabilities.items()]
+    rows = []
+    for name in ("HorizontalFlip", "ShiftScaleRotate"):
+        share = _measure_share(steps[name]) if name in steps else 0
+        rows.append((name, f"changes {share:.0%} of the images" if name in steps else "missing", share > 0))
     hole, colour = _measure_hole(steps["CoarseDropout"]) if "CoarseDropout" in steps else ("missing", None)
     rows.append(("CoarseDropout: one 16x16 hole", hole, hole == "16x16"))
     text = "missing" if colour is None else " ".join(f"{channel:.0f}" for channel in colour)
     rows.append(("... filled with the mean colour", text, colour is not None and np.allclose(colour, FILL, atol=1)))
     side = "x".join(map(str, transform(image=np.zeros((40, 40, 3), np.uint8))["image"].shape[:2]))
     return [*rows, ("Resize", f"40x40 becomes {side}", "Resize" in steps and side == "32x32")]
+
+
+def _measure_share(step, draws=1000):
+    """Return the share of images that the transform changes, from draws that are the same every time."""
+    step = copy.deepcopy(step)
+    step.set_random_state(np.random.default_rng(0), random.Random(0))
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    return np.mean([(step(image=image)["image"] != image).any() for _ in range(draws)])
 
 
 def _measure_hole(coarse_dropout, draws=50):
@@ -658,6 +703,10 @@ def _show(axis, image):
 
 def _finish(figure, path):
     """Save the figure and return it closed, so that a notebook shows it once."""
-    _replace(Path(path), lambda file: figure.savefig(file, dpi=100, format="png"))
+    try:
+        _replace(Path(path), lambda file: figure.savefig(file, dpi=100, format="png"))
+    except OSError as error:
+        print(f"{path} could not be written ({error.strerror}): the figure is only shown; make room or choose another "
+              "folder to keep it")
     plt.close(figure)
     return figure

@@ -1,12 +1,17 @@
 """The data: what the transforms do, which random numbers they use, and what is said when something is wrong."""
 import hashlib
+import http.server
+import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -270,3 +275,66 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, no_network):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(RuntimeError, match="can't be written .*: name another folder with CIFAR10_ROOT"):
         load_dataset("train", root=tmp_path / "file" / "data")
+
+
+def as_nobody(function):
+    """Call the function in a process that is not root, whom file modes don't bind; return the text of its error."""
+    def call(texts):
+        os.setuid(65534)
+        try:
+            function()
+        except RuntimeError as error:
+            texts.put(str(error))
+        texts.put("no error")
+
+    context = multiprocessing.get_context("fork")
+    texts = context.SimpleQueue()
+    process = context.Process(target=call, args=(texts,))
+    process.start()
+    process.join()
+    return texts.get()
+
+
+@pytest.fixture
+def open_folder():
+    """A folder whose parents everybody may pass, unlike those of `tmp_path`."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="becoming somebody else needs root")
+def test_a_read_only_folder_is_named_but_serves_what_is_in_it(open_folder, cifar10_files, no_network):
+    open_folder.chmod(0o555)
+    text = as_nobody(lambda: load_dataset("train", root=open_folder))
+    assert text.startswith(f"{open_folder} can't be written") and text.endswith("name another folder with CIFAR10_ROOT")
+    shutil.copytree(cifar10_files, open_folder / cifar10_files.name)
+    assert as_nobody(lambda: load_dataset("train", root=open_folder)) == "no error"
+
+
+def test_a_download_that_breaks_off_does_not_block_the_next_try(cifar10_files, monkeypatch):
+    """A real server that closes the connection half way, at first."""
+    archive, root = cifar10_files.parent / "server.tar.gz", cifar10_files.parent / "data"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(cifar10_files, cifar10_files.name)
+    content = archive.read_bytes()
+    answer = content[: len(content) // 2]
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        log_message = lambda *_: None
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(dataset.CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz")
+    monkeypatch.setattr(dataset.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())
+    with pytest.raises(RuntimeError, match="cifar-10-python.tar.gz is incomplete or damaged .*: run again") as error:
+        load_dataset("train", root=root)
+    assert "\n" not in str(error.value)
+    answer = content
+    assert len(load_dataset("train", root=root)) == 50
+    server.shutdown()

@@ -2,6 +2,7 @@
 
 As a script, `python tests/test_recovery.py` kills twenty runs and says how many survived.
 """
+import contextlib
 import os
 import random
 import signal
@@ -125,6 +126,20 @@ def test_an_interrupt_says_what_is_kept(root, tmp_path, uninterrupted):
     assert "going on with epoch" in output and equal(uninterrupted, weights)
 
 
+def test_ctrl_c_reaches_every_process_and_the_same_cell_goes_on(root, tmp_path, uninterrupted):
+    """As in Jupyter: the interrupt goes to the kernel and its workers, and `fit` is called again with the same objects."""
+    run = Run(tmp_path, root, workers=1)
+    call = next(line for line in run.code.splitlines() if "utils.fit" in line)
+    run.code = run.code.replace(call, f"try:\n    {call}\nexcept KeyboardInterrupt:\n    {call}")
+    process = run.start()
+    wait_for(process, "    1  ")
+    time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate()[0]
+    assert process.returncode == 0 and "interrupted in epoch" in output and "going on with epoch" in output, output
+    assert equal(uninterrupted, torch.load(run.result, weights_only=True))
+
+
 @pytest.mark.parametrize("damage", [
     lambda data: data[: len(data) // 2],
     lambda data: b"",
@@ -183,6 +198,35 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(root, tmp_
         assert "going on with epoch 2" in output and equal(uninterrupted, weights)
     finally:
         subprocess.run(["umount", "--lazy", disk])
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting needs root")
+def test_a_full_disk_keeps_the_figure_before_and_the_notebook_goes_on(tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk]).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        history = {f"{split}_loss": [2.0, 1.0] for split in ("train", "test")}
+        utils.plot_loss(history, disk / "loss.png")
+        before = (disk / "loss.png").read_bytes()
+        with contextlib.suppress(OSError):
+            (disk / "ballast").write_bytes(bytes(2**20))  # as much as there is room for
+        assert utils.plot_loss(history, disk / "loss.png", "other data").axes
+        assert f"{disk / 'loss.png'} could not be written (No space left on device)" in capsys.readouterr().out
+        assert (disk / "loss.png").read_bytes() == before
+    finally:
+        subprocess.run(["umount", "--lazy", disk])
+
+
+def test_a_checkpoint_folder_that_cannot_be_written_is_named_before_work_begins(root, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    run = Run(tmp_path / "file", root)
+    process = run.start()
+    output = process.communicate()[0]
+    assert process.returncode and output.splitlines()[-1].endswith(
+        f"{tmp_path / 'file'} can't be written (File exists): choose another folder")
+    assert "train loss" not in output
 
 
 def main(kills=20):

@@ -108,7 +108,8 @@ IMPOSSIBLE = {
     "weight_decay": [-1e-4, float("nan"), None], "augmentation": [-0.1, 1.1, "half"],
     "seed": [-1, 2**32, 1.0, None], "num_workers": [-1, 10_000, 1.0], "validation_size": [-1, 0.1],
     "device": ["gpu", "cuda:99999" if not torch.cuda.is_available() else "tpu", 3], "folder": [None, 3, __file__],
-    "retrain": ["PublishedDilated", ["NetDilated"], None], "retrain_epochs": [0],
+    "retrain": ["PublishedDilated", ["NetDilated"], None], "retrain_epochs": [0], "restart": [1, "yes", None],
+    "checkpoint": [3, ["file"], True],
 }
 
 
@@ -127,11 +128,13 @@ def test_an_unknown_setting_is_named():
 def test_possible_settings_pass():
     utils.check_settings(network="NetDilated", data="CIFAR-10", epochs=1, batch_size=1, max_lr=1, weight_decay=0,
                          augmentation=1, seed=2**32 - 1, num_workers=None, validation_size=0, device="cpu",
-                         folder="weights", retrain=["PublishedDilated"], retrain_epochs=1)
+                         folder="weights", retrain=["PublishedDilated"], retrain_epochs=1, restart=True,
+                         checkpoint="checkpoints/NetDilated.pt")
 
 
 @pytest.mark.parametrize("name", ["network", "data", "epochs", "batch_size", "max_lr", "weight_decay", "augmentation",
-                                  "seed", "num_workers", "validation_size", "device", "folder"])
+                                  "seed", "num_workers", "validation_size", "device", "folder", "checkpoint",
+                                  "restart"])
 def test_run_refuses_impossible_settings_before_it_loads_data(name, monkeypatch):
     monkeypatch.setattr(utils, "load_dataset", lambda *arguments: pytest.fail("work began"))
     with pytest.raises(ValueError, match=f"^{name} is "):
@@ -140,7 +143,7 @@ def test_run_refuses_impossible_settings_before_it_loads_data(name, monkeypatch)
 
 def test_fit_refuses_impossible_settings(root):
     for arguments in ({"epochs": 0}, {"epochs": 1, "max_lr": 0}, {"epochs": 1, "weight_decay": -1},
-                      {"epochs": 1, "device": "gpu"}):
+                      {"epochs": 1, "device": "gpu"}, {"epochs": 1, "checkpoint": 3}, {"epochs": 1, "restart": 1}):
         with pytest.raises(ValueError, match=f"^{list(arguments)[-1]} is "):
             utils.fit(Tiny(), *loaders(root), **arguments)
 
@@ -148,6 +151,42 @@ def test_fit_refuses_impossible_settings(root):
 def test_a_loss_that_is_not_finite_stops_the_training(root):
     with pytest.raises(FloatingPointError, match=r"epoch 1, step \d+: the loss is (nan|inf) at learning rate .*: try a max_lr below 1e"):
         fit_tiny(root, max_lr=1e30)
+
+
+def spoil(model):
+    with torch.no_grad():
+        model.layers[0].weight.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("moment, text", [("step 4", "step 4: the loss is nan at learning rate"),
+                                          ("end", "after its last step: the loss is nan")])
+def test_a_loss_that_turns_nan_keeps_the_last_good_checkpoint(moment, text, root, tmp_path, monkeypatch):
+    """The weights are spoilt in epoch 3, before its fourth step or after its last one."""
+    train, epochs = utils.train, []
+
+    def train_and_spoil(model, *arguments):
+        epochs.append(len(epochs) + 1)
+        steps = []
+
+        def count(*_):
+            steps.append(len(steps) + 1)
+            if (epochs[-1], steps[-1], moment) == (3, 4, "step 4"):
+                spoil(model)
+
+        hook = model.register_forward_pre_hook(count)
+        result = train(model, *arguments)
+        hook.remove()
+        if epochs[-1] == 3:
+            spoil(model)
+        return result
+
+    checkpoint = tmp_path / "checkpoint.pt"
+    monkeypatch.setattr(utils, "train", train_and_spoil)
+    with pytest.raises(FloatingPointError, match=f"^epoch 3, {text}.*: try a max_lr below 0.1$"):
+        fit_tiny(root, 4, max_lr=0.1, checkpoint=checkpoint)
+    assert len(utils.load_history(checkpoint)["seconds"]) == 2
+    monkeypatch.setattr(utils, "train", train)
+    assert equal(state(fit_tiny(root, 4, max_lr=0.1, checkpoint=checkpoint)[0]), state(fit_tiny(root, 4, max_lr=0.1)[0]))
 
 
 def test_too_little_gpu_memory_names_the_batch_size_and_a_smaller_one(root):
@@ -186,8 +225,29 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(root, tmp_path, monkeypa
 def test_a_checkpoint_of_another_run_is_refused_by_name(root, tmp_path):
     checkpoint = tmp_path / "checkpoint.pt"
     fit_tiny(root, 1, checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="is of another run .*max_lr is 0.3 there and 0.2 here"):
+    with pytest.raises(ValueError, match="is of another run .*max_lr: 0.3 there, 0.2 here"):
         fit_tiny(root, 1, max_lr=0.2, checkpoint=checkpoint)
+
+
+def test_a_checkpoint_of_other_layers_or_augmentations_is_refused_with_the_first_difference(root, tmp_path):
+    checkpoint = tmp_path / "checkpoint.pt"
+    fit_tiny(root, 1, checkpoint=checkpoint)
+    written, wider = checkpoint.read_bytes(), Tiny()
+    wider.layers[0].stride = (1, 1)  # the same parameters, another network
+    with pytest.raises(ValueError, match=r"layers: \(0\): Conv2d.*stride=\(2, 2\).* there, .*stride=\(1, 1\).* here"):
+        utils.fit(wider, *loaders(root), 1, device="cpu", checkpoint=checkpoint)
+    train_set = load_dataset("train", "built-in", transform=train_transform(0.25), root=root)
+    with pytest.raises(ValueError, match=r"augmentations: ShiftScaleRotate\(p=0.5.* there, ShiftScaleRotate\(p=0.25"):
+        utils.fit(Tiny(), make_loader(train_set, 100, True, 0), loaders(root)[1], 1, device="cpu", checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == written
+
+
+def test_a_finished_run_shows_its_epochs_again(root, tmp_path, capsys):
+    fit_tiny(root, 2, checkpoint=tmp_path / "checkpoint.pt")
+    first = capsys.readouterr().out
+    fit_tiny(root, 2, checkpoint=tmp_path / "checkpoint.pt")
+    again = capsys.readouterr().out.splitlines()
+    assert again[1].endswith("finished before, loaded") and again[2:] == first.splitlines()[1:]
 
 
 def test_restart_starts_afresh(root, tmp_path):
@@ -210,8 +270,8 @@ def test_run_is_the_whole_experiment(root, tmp_path, monkeypatch):
     monkeypatch.setenv("CIFAR10_ROOT", str(root))
     monkeypatch.setitem(utils.build_network.__globals__["NETWORKS"], "Tiny", lambda classes: Tiny())
     model, facts = utils.run("Tiny", "built-in", 2, 100, 0.1, num_workers=0, validation_size=400, folder=tmp_path)
-    assert facts["settings"] == {"epochs": 2, "batch_size": 100, "max_lr": 0.1, "weight_decay": 5e-4, "augmentation": 0.25, "seed": 0,
-                                 "validation_size": 400}
+    assert facts["settings"] == {"epochs": 2, "batch_size": 100, "max_lr": 0.1, "weight_decay": 5e-4, "augmentation": 0.5,
+                                 "seed": 0, "validation_size": 400}
     validation = make_loader(load_dataset("validation", "built-in", 400), 400)
     assert (facts["test_loss"], facts["test_accuracy"]) == pytest.approx(utils.test(model, validation))
 
@@ -287,7 +347,7 @@ def replace(name, *steps):
 HOLE = {"num_holes_range": (1, 1), "hole_height_range": (16, 16), "hole_width_range": (16, 16), "fill": utils.FILL}
 BROKEN_TRANSFORMS = {
     "HorizontalFlip": [replace("HorizontalFlip"), replace("HorizontalFlip", A.HorizontalFlip(p=0))],
-    "ShiftScaleRotate": [replace("ShiftScaleRotate")],
+    "ShiftScaleRotate": [replace("ShiftScaleRotate"), replace("ShiftScaleRotate", A.Affine(p=0.5))],
     "CoarseDropout": [replace("CoarseDropout"),
                       *(replace("CoarseDropout", A.CoarseDropout(**{**HOLE, **change})) for change in (
                           {"num_holes_range": (2, 2)}, {"hole_height_range": (8, 8)}, {"hole_width_range": (20, 20)}))],
@@ -343,6 +403,14 @@ def test_weights_of_another_network_are_refused_by_name(tmp_path):
     torch.save(Tiny().state_dict(), tmp_path / "NetDilated.pt")
     with pytest.raises(ValueError, match="holds another network than NetDilated"):
         utils.load("NetDilated", tmp_path)
+
+
+def test_weights_and_facts_of_different_runs_are_told_apart(tmp_path):
+    for folder in ("one", "other"):
+        utils.save(NetDilated(), HISTORY, {"epochs": 2}, "nothing", tmp_path / folder)
+    (tmp_path / "other" / "NetDilated.pt").replace(tmp_path / "one" / "NetDilated.pt")  # as if killed in between
+    with pytest.raises(ValueError, match="NetDilated.pt is not the file that NetDilated.json tells of: save both again"):
+        utils.load("NetDilated", tmp_path / "one")
 
 
 def test_a_missing_file_is_named(tmp_path):
