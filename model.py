@@ -3,6 +3,7 @@
 Every network takes (N, 3, 32, 32) normalised images and returns (N, num_classes) logits. `C1` to `C4` are its
 blocks, so that `C4(C3(C2(C1(x))))` is the feature map, at any input size.
 """
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -209,9 +210,9 @@ def count_macs(model, shape=(3, 32, 32)):
 
 
 class Step(NamedTuple):
-    """One convolution, pooling or linear operation that a network performed on one image."""
+    """One operation of a network on one image that looks around, mixes channels or changes the size of the map."""
 
-    kind: str  # "convolution", "pooling", "global average pooling", "fully connected"
+    kind: str  # "convolution", "pooling", "global average pooling", "fully connected", "resize"
     operation: str  # PyTorch's own name of it
     channels: tuple  # in, out
     size: tuple  # side of the input, of the output, in pixels
@@ -219,80 +220,171 @@ class Step(NamedTuple):
     stride: int
     dilation: int
     groups: int
+    jump: int  # image pixels between neighbouring positions of its input
     receptive_field: int  # side of the square of image pixels that one output position can see
+    source: int  # the place in the list of the step whose result it works on, -1 for the image
 
 
 def trace(model, shape=(3, 32, 32)):
     """Run the network on one image of that shape and return its `Step`s in order.
 
-    What counts is what is computed, not what the modules are called: functional calls are seen as well. The
-    receptive field grows by (kernel - 1) * dilation * jump at every window, the jump (pixels between neighbouring
+    What counts is what is computed, not what the modules are called: functional calls and reshapes are seen as well.
+    The receptive field grows by (kernel - 1) * dilation * jump at every window, the jump (pixels between neighbouring
     positions) by the stride; where paths meet, the longest one counts. See Araujo et al., Computing receptive
     fields of convolutional neural networks, https://distill.pub/2019/computing-receptive-fields/.
     """
     with _Tracer() as tracer:
-        _run_once(model, shape)
+        _run_once(model, shape, tracer)
     return tracer.steps
 
 
 def receptive_field(model):
     """Return the theoretical receptive field, in pixels, of one position before the global pooling."""
-    fields = [1]
-    for step in trace(model):
-        if step.kind == "global average pooling":
+    steps = trace(model)
+    return max([1] + [step.receptive_field for step in steps[:_end_of_map(steps)]])
+
+
+def measure_receptive_field(model, sides=(32, 64, 128, 256, 512)):
+    """Measure the receptive field of the middle position before the global pooling, from gradients, on random images.
+
+    Returns (pixels, whole): the side of the square of pixels whose gradient is not zero, and whether it lies within
+    the image; otherwise it may be larger, and is 0 for a network that holds no (N, C, H, W) map there. The images grow until it does, or until the network can't take them. See
+    Luo et al., Understanding the effective receptive field, https://arxiv.org/abs/1701.04128.
+    """
+    end, field = _end_of_map(trace(model)), 0
+    for side in sides:
+        try:
+            reached = sum(_gradient_of_the_middle(model, (3, side, side), end) for _ in range(3)).ne(0)
+        except Exception:  # as a network with a layer of fixed size does on other images
             break
-        fields.append(step.receptive_field)
-    return max(fields)
+        inside = [index for axis in (0, 1) for index in reached.any(axis).nonzero().flatten().tolist()] or [0]
+        field = max(inside) - min(inside) + 1
+        if 0 < min(inside) and max(inside) < side - 1:
+            return field, True
+    return field, False
 
 
-def _run_once(model, shape):
-    """Run the model on one blank image without changing its state."""
-    training = model.training
-    parameter = next(model.parameters())
+def _gradient_of_the_middle(model, shape, end):
+    """Return the (H, W) size of the gradient of the middle of the map before step `end`: a ReLU hides a path in one
+    image, hardly in three."""
+    image = torch.randn(1, *shape, requires_grad=True)
+    with torch.enable_grad(), _Tracer(end) as tracer, contextlib.suppress(_End):
+        _run(model, image, tracer)
+    height, width = tracer.last.shape[2:]
+    (gradient,) = torch.autograd.grad(tracer.last[..., height // 2, width // 2].sum(), image)
+    return gradient.abs().sum((0, 1))
+
+
+def _end_of_map(steps):
+    """Return the place of the final global pooling, or of whatever follows the last convolution."""
+    kinds = [step.kind for step in steps]
+    ends = [place for place, kind in enumerate(kinds) if kind == "global average pooling"]
+    if ends and "convolution" not in kinds[ends[-1]:]:
+        return ends[-1]
+    return max((place + 1 for place, kind in enumerate(kinds) if kind == "convolution"), default=0)
+
+
+def _run_once(model, shape, tracer=None):
+    """Run the model on one blank image."""
     with torch.no_grad():
-        model.eval()(parameter.new_zeros(1, *shape))
-    model.train(training)
+        return _run(model, torch.zeros(1, *shape), tracer)
+
+
+def _run(model, image, tracer=None):
+    """Run the model in evaluation mode, as it is trained or not, and leave its state as it was."""
+    parameter, modes = next(model.parameters(), image), [(module, module.training) for module in model.modules()]
+    image = image.to(parameter.device, parameter.dtype)
+    if tracer:
+        tracer.paths[image] = _Path(1, 1, image.shape[-1], -1)
+    try:
+        return model.eval()(image)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class _Path(NamedTuple):
+    """How a tensor came from the image: receptive field and jump of its positions, its side, its last step."""
+
+    field: int
+    jump: int
+    side: int
+    source: int
+
+
+class _End(Exception):
+    """The tracer has come to the step at which it was to stop."""
 
 
 class _Tracer(TorchDispatchMode):
-    """Writes down the windowed operations that PyTorch executes, with the receptive field of every tensor."""
+    """Writes down the steps that PyTorch executes on the image and on what comes of it, up to step `end`."""
 
-    def __init__(self):
+    def __init__(self, end=None):
         super().__init__()
-        self.steps = []
-        self.fields = WeakTensorKeyDictionary()  # tensor -> (receptive field, jump)
+        self.steps, self.end, self.last = [], end, None  # the last (N, C, H, W) map
+        self.paths = WeakTensorKeyDictionary()  # tensor -> _Path
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inputs = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor) and leaf in self.paths]
+        if not inputs:  # it works on weights only
+            return func(*args, **(kwargs or {}))
+        if inputs[0].ndim == 4:
+            self.last = inputs[0]  # and what is flattened of it is still the same map, until a step mixes it
+        path, name = max(self.paths[tensor] for tensor in inputs), func.overloadpacket.__name__
         result = func(*args, **(kwargs or {}))
-        inputs, outputs = ([leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-                           for values in (args, result))
-        known = [tensor for tensor in inputs if tensor in self.fields] or inputs[:1]  # weights are not known
-        field, jump = max((self.fields.get(tensor, (1, 1)) for tensor in known), default=(1, 1))
-        window = _window(func.overloadpacket.__name__, args, outputs)
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if not outputs:
+            return result
+        side = _side(outputs[0], path)
+        window = _window(name, args, outputs, path, side)
         if window:
+            if len(self.steps) == self.end:
+                raise _End
             kind, kernel, stride, dilation, groups = window
-            field, jump = field + (kernel - 1) * dilation * jump, jump * stride
-            sides = [tensor.shape[-1] if tensor.ndim == 4 else 1 for tensor in (known[0], outputs[0])]
-            channels = known[0].shape[1], outputs[0].shape[1]
-            self.steps.append(Step(kind, func.overloadpacket.__name__, channels, tuple(sides), *window[1:], field))
+            field = path.field + (kernel - 1) * dilation * path.jump
+            self.steps.append(Step(kind, name, (inputs[0].shape[1], outputs[0].shape[1]), (path.side, side),
+                                   kernel, stride, dilation, groups, path.jump, field, path.source))
+            path = _Path(field, path.jump * stride, side, len(self.steps) - 1)
         for tensor in outputs:
-            self.fields[tensor] = (field, jump)
+            self.paths[tensor] = path._replace(side=side)
+        if window and outputs[0].ndim != 4:
+            self.last = None
         return result
 
 
-def _window(name, args, outputs):
-    """Return (kind, kernel, stride, dilation, groups) of an ATen operation, or None if it has no window."""
+def _side(tensor, path):
+    """Return the side of the map that a tensor holds, be it (N, C, H, W), tokens (N, L, C), or flattened (1, C)."""
+    if tensor.ndim == 4:
+        return tensor.shape[-1]
+    return 1 if tensor.ndim == 2 and tensor.shape[0] == 1 else path.side
+
+
+def _window(name, args, outputs, path, side):
+    """Return (kind, kernel, stride, dilation, groups) of an ATen operation on data, or None if it is no step."""
     if name == "convolution":
-        _, weight, _, stride, _, dilation, _, _, groups = args
-        kind = "fully connected" if args[0].shape[2:] == weight.shape[2:] == (1, 1) else "convolution"
-        return kind, weight.shape[-1], stride[0], dilation[0], groups
-    if name in ("addmm", "mm"):
+        data, weight, _, stride, _, dilation, transposed, _, groups = args
+        kind = "fully connected" if data.shape[2:] == weight.shape[2:] == (1, 1) else "convolution"
+        return "resize" if transposed else kind, max(weight.shape[2:]), max(stride), max(dilation), groups
+    if name in ("addmm", "mm", "bmm", "baddbmm"):
         return "fully connected", 1, 1, 1, 1
-    if not (name in ("mean", "amax") or "pool" in name) or args[0].ndim < 3:
+    if name in ("mean", "sum", "amax", "max") and len(args) > 1 and path.side > 1:
+        return _global_pooling(name, args[0], args[1], path.side)
+    if "pool" in name and side == 1 < path.side:
+        return "pooling" if "max" in name else "global average pooling", path.side, 1, 1, 1
+    if "pool" in name and path.side > 1:
+        kernel = max(args[1]) if "adaptive" not in name else path.side // side
+        stride = max(args[2]) if "adaptive" not in name and len(args) > 2 and args[2] else kernel
+        return "pooling", kernel, stride, 1, 1
+    if outputs[0].ndim == 4 and side != path.side and name != "constant_pad_nd":
+        return "resize", 1, 1, 1, 1
+    return None
+
+
+def _global_pooling(name, data, axes, side):
+    """Return the window of a reduction over all positions of a map or of its tokens, or None if it is another one."""
+    axes = {axis % data.ndim for axis in ([axes] if isinstance(axes, int) else axes)}
+    over_map = data.ndim == 4 and axes == {2, 3}
+    over_tokens = data.ndim == 3 and len(axes) == 1 and 0 not in axes and data.shape[axes.pop()] in (side, side * side)
+    if not (over_map or over_tokens):
         return None
-    if outputs[0].numel() == args[0].shape[0] * args[0].shape[1]:  # one number is left of each channel
-        kind = "pooling" if "max" in name else "global average pooling"
-        return kind, args[0].shape[-1], 1, 1, 1
-    kernel = args[1][0] if "adaptive" not in name else args[0].shape[-1] // outputs[0].shape[-1]
-    stride = args[2][0] if "adaptive" not in name and len(args) > 2 and args[2] else kernel
-    return "pooling", kernel, stride, 1, 1
+    return "pooling" if "max" in name else "global average pooling", side, 1, 1, 1

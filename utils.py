@@ -23,7 +23,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from tqdm.auto import tqdm
 
 from dataset import CORES, DATASETS, FILL, is_number, load_dataset, make_loader, require, train_transform
-from model import NETWORKS, build_network, count_macs, count_parameters, receptive_field, trace
+from model import NETWORKS, build_network, count_macs, count_parameters, measure_receptive_field, receptive_field, trace
 
 try:
     import fcntl
@@ -486,15 +486,14 @@ def _replace(path, write, keep=None):
 # ---------------------------------------------------------------- the rules
 
 def convolution_units(steps):
-    """Return the convolutions before the global pooling as tuples of steps: a depthwise one and the pointwise one
-    beside it, in either order, are one unit."""
+    """Return the convolutions as tuples of steps: a depthwise one and the pointwise one that works on its result, in
+    either order, are one unit."""
     units = []
     for step in steps:
-        if step.kind == "global average pooling":
-            break
         if step.kind != "convolution":
             continue
-        if units and len(units[-1]) == 1 and {_role(units[-1][0]), _role(step)} == {"depthwise", "pointwise"}:
+        if units and len(units[-1]) == 1 and {_role(units[-1][0]), _role(step)} == {"depthwise", "pointwise"} and (
+                step.source >= 0 and steps[step.source] is units[-1][0]):
             units[-1] = (*units[-1], step)
         else:
             units.append((step,))
@@ -507,39 +506,74 @@ def _role(step):
     return "pointwise" if (step.kernel, step.stride, step.groups) == (1, 1, 1) else "standard"
 
 
-def check_rules(model, transform):
-    """Measure the assignment's rules on a network, by running it, and on its training transform.
+def check_rules(model, transform=None):
+    """Measure the assignment's rules on any network from (N, 3, 32, 32) to (N, 10), by running it, and on its training
+    transform, if there is one.
 
-    Returns rows of (rule, what was measured, whether the rule holds).
+    Returns rows of (rule, what was measured, whether the rule holds: True, False, or None where the layout of the
+    network does not let it be decided).
+
+    Raises:
+        ValueError: the network does not run on such an image, or returns something else.
     """
-    steps = trace(model)
-    units = convolution_units(steps)
-    strides = [max(step.stride for step in unit) for unit in units]
-    ends = [number for number, stride in enumerate(strides, 1) if stride > 1]
-    blocks = [strides[start:end] for start, end in zip([0, *ends], [*ends, len(strides)]) if start < end]
+    steps = _trace(model)
     pooling = [step for step in steps if "pooling" in step.kind]
-    early = [step.operation for step in pooling[:-1]]
-    last = pooling[-1] if pooling else None
+    last, early = (pooling[-1], pooling[:-1]) if pooling else (None, [])
+    is_global = last is not None and last.kind == "global average pooling"
+    body = steps[:steps.index(last)] if is_global else steps
     head = [step.kind for step in steps[steps.index(last) + 1:]] if last else []
-    dilations = [step.dilation for unit in units for step in unit if step.dilation > 1]
-    field, parameters = receptive_field(model), count_parameters(model)
+    early = early if is_global or last is None else pooling
+    units = convolution_units(body)
+    pairs = sum(len(unit) == 2 for unit in units)
+    dilations = [step for unit in units for step in unit if step.dilation > 1 and step.kernel > 1]
+    field, whole = measure_receptive_field(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     return [
-        ("four blocks", f"{len(blocks)}", len(blocks) == 4),
-        ("three convolutions in each", " ".join(str(len(block)) for block in blocks),
-         all(len(block) == 3 for block in blocks)),
-        ("stride 2 in the last of each, only there", " | ".join(" ".join(map(str, block)) for block in blocks),
-         all(block[-1] == 2 for block in blocks)),
-        ("no pooling but the final one", ", ".join(early) or "none", not early),
-        (f"receptive field above {RECEPTIVE_FIELD_LIMIT}", f"{field}", field > RECEPTIVE_FIELD_LIMIT),
-        ("a depthwise-separable convolution", f"{sum(len(unit) == 2 for unit in units)}",
-         any(len(unit) == 2 for unit in units)),
+        *_check_blocks(body, units),
+        ("no pooling but the final one", ", ".join(step.operation for step in early) or "none", not early),
+        (f"receptive field above {RECEPTIVE_FIELD_LIMIT}",
+         f"{field}" if whole else f"{field} or more" if field else "can't tell: no map before the end",
+         field > RECEPTIVE_FIELD_LIMIT if whole or field > RECEPTIVE_FIELD_LIMIT else None),
+        ("a depthwise-separable convolution", f"{pairs}", pairs > 0),
         ("a dilated convolution", f"{len(dilations)}", bool(dilations)),
         ("global average pooling at the end", f"{last.kind} of {last.size[0]}x{last.size[0]}" if last else "none",
-         last is not None and last.kind == "global average pooling"),
+         is_global),
         ("then at most one fully connected layer", ", ".join(head) or "nothing", head in ([], ["fully connected"])),
         (f"fewer than {PARAMETER_LIMIT:,} parameters", f"{parameters:,}", parameters < PARAMETER_LIMIT),
-        *_check_transform(transform),
+        *(_check_transform(transform) if transform else []),
     ]
+
+
+def _trace(model):
+    """Return the steps of a network that anybody wrote, or say in one line that it is none for this task."""
+    try:
+        with torch.no_grad():
+            shape = tuple(copy.deepcopy(model).eval()(torch.zeros(2, 3, 32, 32)).shape)
+        steps = trace(model)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{type(model).__name__} does not run on (2, 3, 32, 32) images ({reason}): it has to take "
+                         "(N, 3, 32, 32) and return (N, 10)") from error
+    if shape != (2, 10):
+        raise ValueError(f"{type(model).__name__} turns (2, 3, 32, 32) images into {shape}: it has to return (N, 10)")
+    return steps
+
+
+def _check_blocks(body, units):
+    """Return the rows about blocks: the convolutions that begin at the same resolution. Of a network that changes it
+    by other means than strides and pooling, or mixes channels otherwise than by convolutions, they can't be told."""
+    strange = [step.operation for step in body
+               if step.kind == "resize" or (step.kind == "fully connected" and step.size[0] > 1)]
+    rules = "four blocks", "three convolutions in each", "stride 2 in the last of each, only there"
+    if strange:
+        return [(rule, f"can't tell: {strange[0]} before the end", None) for rule in rules]
+    jumps = sorted({unit[0].jump for unit in units})
+    blocks = [[max(step.stride for step in unit) for unit in units if unit[0].jump == jump] for jump in jumps]
+    measured = [f"{len(blocks)}", " ".join(str(len(block)) for block in blocks),
+                " | ".join(" ".join(map(str, block)) for block in blocks)]
+    holds = [len(blocks) == 4, all(len(block) == 3 for block in blocks),
+             all(block[-1] == 2 and set(block[:-1]) <= {1} for block in blocks)]
+    return list(zip(rules, measured, holds))
 
 
 def _check_transform(transform):
@@ -582,7 +616,8 @@ def _measure_hole(coarse_dropout, draws=50):
 
 def format_rules(rows):
     """Return the rows of `check_rules` as a text table."""
-    lines = [f"{rule:42} {measured:38} {'holds' if holds else 'BROKEN'}" for rule, measured, holds in rows]
+    words = {True: "holds", False: "BROKEN", None: "undecided"}
+    lines = [f"{rule:42} {measured:38} {words[holds]}" for rule, measured, holds in rows]
     return "\n".join([f"{'rule':42} {'measured':38}", *lines])
 
 
