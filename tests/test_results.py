@@ -1,9 +1,11 @@
 """What is committed: weights, facts, notebook and README have to tell the same story."""
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import torchvision
 
 import utils
@@ -49,6 +51,22 @@ def test_facts_are_of_this_code(name):
     assert facts["data"] == "CIFAR-10" and facts["settings"].get("validation_size", 0) == 0
     assert {len(column) for column in facts["history"].values()} == {facts["settings"]["epochs"]}
     assert facts["test_accuracy"] == facts["history"]["test_accuracy"][-1]
+
+
+def test_torch_hub_gives_the_committed_network():
+    hub = torch.hub.load(str(HERE), "net_dilated", source="local", pretrained=True)
+    committed = utils.load("NetDilated", HERE / "weights")[0].state_dict()
+    assert all(torch.equal(value, committed[key]) for key, value in hub.state_dict().items()) and not hub.training
+    assert torch.hub.load(str(HERE), "net_dilated", source="local").training
+
+
+def test_torch_hub_refuses_damaged_weights(tmp_path):
+    shutil.copy(HERE / "hubconf.py", tmp_path)
+    shutil.copytree(HERE / "weights", tmp_path / "weights")
+    path = tmp_path / "weights" / "NetDilated.pt"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(RuntimeError, match="NetDilated.pt is damaged, its SHA-256 is not .*: fetch it again"):
+        torch.hub.load(str(tmp_path), "net_dilated", source="local", pretrained=True)
 
 
 def test_readme_shows_the_facts():
