@@ -109,7 +109,7 @@ IMPOSSIBLE = {
     "seed": [-1, 2**32, 1.0, None], "num_workers": [-1, 10_000, 1.0], "validation_size": [-1, 0.1],
     "device": ["gpu", "cuda:99999" if not torch.cuda.is_available() else "tpu", 3], "folder": [None, 3, __file__],
     "retrain": ["PublishedDilated", ["NetDilated"], None], "retrain_epochs": [0], "restart": [1, "yes", None],
-    "checkpoint": [3, ["file"], True],
+    "checkpoint": [3, ["file"], True], "picture": [3, ["file"]],
 }
 
 
@@ -129,7 +129,7 @@ def test_possible_settings_pass():
     utils.check_settings(network="NetDilated", data="CIFAR-10", epochs=1, batch_size=1, max_lr=1, weight_decay=0,
                          augmentation=1, seed=2**32 - 1, num_workers=None, validation_size=0, device="cpu",
                          folder="weights", retrain=["PublishedDilated"], retrain_epochs=1, restart=True,
-                         checkpoint="checkpoints/NetDilated.pt")
+                         checkpoint="checkpoints/NetDilated.pt", picture=None)
 
 
 @pytest.mark.parametrize("name", ["network", "data", "epochs", "batch_size", "max_lr", "weight_decay", "augmentation",
