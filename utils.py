@@ -387,8 +387,8 @@ def _alone(path):
         yield
 
 
-def run(network="NetDilated", data="CIFAR-10", epochs=50, batch_size=256, max_lr=0.3, weight_decay=5e-4,
-        augmentation=0.5, seed=0, num_workers=None, validation_size=0, device=None, checkpoint=None, restart=False,
+def run(network="NetDilated", data="CIFAR-10", epochs=40, batch_size=256, max_lr=0.3, weight_decay=5e-4,
+        augmentation=0.25, seed=0, num_workers=None, validation_size=0, device=None, checkpoint=None, restart=False,
         folder="weights"):
     """Train one network from scratch, save it with its facts in `folder`, and return the model and the facts.
 
@@ -420,9 +420,13 @@ def title_of(dataset):
 def save(model, history, settings, data, folder="weights"):
     """Write the state dict to `folder/NAME.pt` and the facts to `folder/NAME.json`; return the facts.
 
-    Each file is written aside and renamed, so that an old one is there until its replacement is complete.
+    Each file is written aside and renamed, so that an old one is there until its replacement is complete. A run that is
+    saved already, as one that was loaded from its checkpoint, keeps its facts: the hardware and the day are its own.
     """
     name, folder = type(model).__name__, Path(folder)
+    saved = _saved_facts(name, folder)
+    if saved and saved["history"] == history:
+        return saved
     last = {column: values[-1] for column, values in history.items() if column != "seconds"}
     facts = {
         "network": name, "data": data, "parameters": count_parameters(model), "macs": count_macs(model),
@@ -458,6 +462,15 @@ def load(name, folder="weights"):
         raise ValueError(f"{path} is not the file that {name}.json tells of: save both again (a finished run's cells, "
                          "run again, do), or take them from the repository")
     return model.eval(), facts
+
+
+def _saved_facts(name, folder):
+    """Return the facts of a network whose two files are whole and belong together, or None."""
+    try:
+        facts = load_facts(name, folder)
+        return facts if facts["sha256"] == _sha256(folder / f"{name}.pt") else None
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _sha256(path):

@@ -236,8 +236,8 @@ def test_a_checkpoint_of_other_layers_or_augmentations_is_refused_with_the_first
     wider.layers[0].stride = (1, 1)  # the same parameters, another network
     with pytest.raises(ValueError, match=r"layers: \(0\): Conv2d.*stride=\(2, 2\).* there, .*stride=\(1, 1\).* here"):
         utils.fit(wider, *loaders(root), 1, device="cpu", checkpoint=checkpoint)
-    train_set = load_dataset("train", "built-in", transform=train_transform(0.25), root=root)
-    with pytest.raises(ValueError, match=r"augmentations: ShiftScaleRotate\(p=0.5.* there, ShiftScaleRotate\(p=0.25"):
+    train_set = load_dataset("train", "built-in", transform=train_transform(0.5), root=root)
+    with pytest.raises(ValueError, match=r"augmentations: ShiftScaleRotate\(p=0.25.* there, ShiftScaleRotate\(p=0.5"):
         utils.fit(Tiny(), make_loader(train_set, 100, True, 0), loaders(root)[1], 1, device="cpu", checkpoint=checkpoint)
     assert checkpoint.read_bytes() == written
 
@@ -270,7 +270,7 @@ def test_run_is_the_whole_experiment(root, tmp_path, monkeypatch):
     monkeypatch.setenv("CIFAR10_ROOT", str(root))
     monkeypatch.setitem(utils.build_network.__globals__["NETWORKS"], "Tiny", lambda classes: Tiny())
     model, facts = utils.run("Tiny", "built-in", 2, 100, 0.1, num_workers=0, validation_size=400, folder=tmp_path)
-    assert facts["settings"] == {"epochs": 2, "batch_size": 100, "max_lr": 0.1, "weight_decay": 5e-4, "augmentation": 0.5,
+    assert facts["settings"] == {"epochs": 2, "batch_size": 100, "max_lr": 0.1, "weight_decay": 5e-4, "augmentation": 0.25,
                                  "seed": 0, "validation_size": 400}
     validation = make_loader(load_dataset("validation", "built-in", 400), 400)
     assert (facts["test_loss"], facts["test_accuracy"]) == pytest.approx(utils.test(model, validation))
@@ -403,6 +403,19 @@ def test_weights_of_another_network_are_refused_by_name(tmp_path):
     torch.save(Tiny().state_dict(), tmp_path / "NetDilated.pt")
     with pytest.raises(ValueError, match="holds another network than NetDilated"):
         utils.load("NetDilated", tmp_path)
+
+
+def test_a_run_saved_again_keeps_its_facts_unless_a_file_is_harmed(tmp_path, monkeypatch):
+    model = NetDilated()
+    facts = utils.save(model, HISTORY, {"epochs": 2}, "nothing", tmp_path)
+    monkeypatch.setattr(utils, "hardware", lambda device: "another machine")
+    assert utils.save(model, HISTORY, {"epochs": 2}, "nothing", tmp_path) == facts
+    for name, content in (("NetDilated.pt", b"damaged"), ("NetDilated.json", b"{"), ("NetDilated.json", b"{}")):
+        (tmp_path / name).write_bytes(content)
+        assert utils.save(model, HISTORY, {"epochs": 2}, "nothing", tmp_path)["hardware"] == "another machine"
+        assert equal(state(model), state(utils.load("NetDilated", tmp_path)[0]))
+    other = {**HISTORY, "seconds": [3.0, 5.0]}
+    assert utils.save(model, other, {"epochs": 2}, "nothing", tmp_path)["history"] == other
 
 
 def test_weights_and_facts_of_different_runs_are_told_apart(tmp_path):
