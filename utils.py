@@ -3,6 +3,7 @@ import contextlib
 import copy
 import ctypes
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -286,7 +287,7 @@ def _write_checkpoint(path, recipe, parts, loader, history):
     state = {name: part.state_dict() for name, part in parts.items()}
     state.update(recipe=recipe, history=history, random=_random_state(loader))
     try:
-        _replace(path, lambda file: torch.save(state, file), keep=_previous(path))
+        _replace(path, _serialised(state), keep=_previous(path))
     except OSError as error:
         print(f"{path} could not be written ({error.strerror}): training goes on, and the checkpoint before it is "
               "kept; make room to keep the next epochs", flush=True)
@@ -434,10 +435,9 @@ def save(model, history, settings, data, folder="weights"):
         "hardware": hardware(next(model.parameters()).device), "date": date.today().isoformat(),
         "versions": versions(), "settings": settings, "history": history,
     }
-    state = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
-    _replace(folder / f"{name}.pt", lambda file: torch.save(state, file))
+    _replace(folder / f"{name}.pt", _serialised({key: value.cpu() for key, value in model.state_dict().items()}))
     facts["sha256"] = _sha256(folder / f"{name}.pt")
-    _replace(folder / f"{name}.json", lambda file: file.write((json.dumps(facts, indent=1) + "\n").encode()))
+    _replace(folder / f"{name}.json", (json.dumps(facts, indent=1) + "\n").encode())
     return facts
 
 
@@ -482,15 +482,25 @@ def load_facts(name, folder="weights"):
     return json.loads((Path(folder) / f"{name}.json").read_text())
 
 
-def _replace(path, write, keep=None):
-    """Have `write(file)` fill a new file, then put it in the place of `path` at once; `keep` gets the old one."""
+def _serialised(state):
+    """Return a state as the bytes of its file: torch.save does not tell a full disk from other trouble."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _replace(path, content, keep=None):
+    """Write a new file aside, then put it in the place of `path` at once; `keep` gets the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(path.name + ".new")
     try:
         with open(new, "wb") as file:
-            write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
+    except OSError as error:  # a full disk does not say of itself which file it is about
+        new.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         new.unlink(missing_ok=True)
         raise
@@ -856,8 +866,10 @@ def _show(axis, image):
 
 def _finish(figure, path):
     """Save the figure and return it closed, so that a notebook shows it once."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100, format="png")
     try:
-        _replace(Path(path), lambda file: figure.savefig(file, dpi=100, format="png"))
+        _replace(Path(path), buffer.getvalue())
     except OSError as error:
         print(f"{path} could not be written ({error.strerror}): the figure is only shown; make room or choose another "
               "folder to keep it")

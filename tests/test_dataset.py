@@ -12,6 +12,7 @@ import sys
 import tarfile
 import tempfile
 import threading
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +201,7 @@ def test_impossible_loaders_are_named(arguments, message, train_set):
 def no_network(monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # the discard port: refused at once
+    monkeypatch.setattr(urllib.request, "_opener", None)  # which remembers the proxies of its first use
 
 
 @pytest.fixture
@@ -330,6 +332,7 @@ def test_a_download_that_breaks_off_does_not_block_the_next_try(cifar10_files, m
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(urllib.request, "_opener", None)
     monkeypatch.setattr(dataset.CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz")
     monkeypatch.setattr(dataset.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())
     with pytest.raises(RuntimeError, match="cifar-10-python.tar.gz is incomplete or damaged .*: run again") as error:

@@ -3,59 +3,83 @@
 As a script, `python tests/test_recovery.py` kills twenty runs and says how many survived.
 """
 import contextlib
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-HERE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
-RUN = """
-    import sys
-    sys.path.insert(0, {here!r})
-    import torch
-    from torch import nn
-    import utils
-    from dataset import load_dataset, make_loader
+from dataset import load_dataset, make_loader
 
+PROCESSES = multiprocessing.get_context("forkserver")  # each run is a process, without the imports' seconds
+PROCESSES.set_forkserver_preload(["utils"])
+
+
+def work(folder, root, workers, again):
+    """A small training, whose output goes to a file; with `again`, `fit` is called anew after an interrupt."""
+    os.setsid()
+    os.environ["TQDM_DISABLE"] = "1"
+    multiprocessing.set_start_method("fork", force=True)  # of the workers, as in any other process on Linux
+    output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1), os.dup2(output, 2)
     torch.set_num_threads(1)
     utils.seed_everything(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3, 4), nn.BatchNorm2d(16), nn.SiLU(), nn.Dropout(0.1), nn.Flatten(),
                           nn.Linear(1024, 10))
-    train_set, test_set = (load_dataset(split, "built-in", root={root!r}) for split in ("train", "test"))
-    loader = make_loader(train_set, 100, True, num_workers={workers})
-    history = utils.fit(model, loader, make_loader(test_set, 500), 5, 0.05, device="cpu", checkpoint={checkpoint!r})
-    torch.save(model.state_dict(), {result!r})
-"""
+    train_set = load_dataset("train", "built-in", validation_size=1300, root=root)  # 700 images: half a second an epoch
+    test_set = load_dataset("test", "built-in", root=root)
+    loaders = make_loader(train_set, 100, True, workers), make_loader(test_set, 500)
+    checkpoint = folder / "checkpoint.pt"
+    try:
+        utils.fit(model, *loaders, 5, 0.05, device="cpu", checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        if not again:
+            raise
+        utils.fit(model, *loaders, 5, 0.05, device="cpu", checkpoint=checkpoint)
+    torch.save(model.state_dict(), folder / "result.pt")
 
 
 class Run:
-    """A small training in a process of its own."""
+    """A small training in a process of its own, in a folder of its own."""
 
     def __init__(self, folder, root, workers=0):
-        self.checkpoint, self.result = folder / "checkpoint.pt", folder / "result.pt"
-        self.code = textwrap.dedent(RUN).format(here=str(HERE), root=str(root), workers=workers,
-                                                checkpoint=str(self.checkpoint), result=str(self.result))
+        self.folder, self.arguments, self.checkpoint = folder, (folder, root, workers), folder / "checkpoint.pt"
 
-    def start(self):
-        return subprocess.Popen([sys.executable, "-c", self.code], text=True, start_new_session=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "TQDM_DISABLE": "1"})
+    def start(self, again=False):
+        (self.folder / "output.txt").unlink(missing_ok=True)
+        process = PROCESSES.Process(target=work, args=(*self.arguments, again))
+        process.start()
+        return process
+
+    def output(self, process):
+        """Wait for the end and return what was printed."""
+        process.join()
+        return (self.folder / "output.txt").read_text()
+
+    def wait_for(self, process, line):
+        while process.is_alive():
+            with contextlib.suppress(FileNotFoundError):
+                if line in (self.folder / "output.txt").read_text():
+                    return
+            time.sleep(0.001)
+        raise AssertionError(f"ended without {line!r}: {self.output(process)}")
 
     def finish(self):
         process = self.start()
-        output = process.communicate()[0]
-        assert process.returncode == 0, output
-        return output, torch.load(self.result, weights_only=True)
+        output = self.output(process)
+        assert process.exitcode == 0, output
+        return output, torch.load(self.folder / "result.pt", weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +96,6 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def wait_for(process, line):
-    for output in process.stdout:
-        if line in output:
-            return
-    raise AssertionError(f"ended without {line!r}")
-
-
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_the_same_seed_gives_the_same_weights_at_any_number_of_workers(workers, root, tmp_path, uninterrupted):
     if workers > len(os.sched_getaffinity(0)):
@@ -89,14 +106,15 @@ def test_the_same_seed_gives_the_same_weights_at_any_number_of_workers(workers, 
 def kill(run, moment):
     """Start the run and SIGKILL it: `moment` seconds into the training, or, if None, while it writes a checkpoint."""
     process, new = run.start(), run.checkpoint.with_name("checkpoint.pt.new")
-    wait_for(process, "seconds")
+    run.wait_for(process, "seconds")
     if moment is None:
-        while not new.exists() and process.poll() is None:
+        while not new.exists() and process.is_alive():
             pass
     else:
         time.sleep(moment)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(ProcessLookupError):  # it may have finished
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(root, tmp_path, uninterrupted):
@@ -116,10 +134,10 @@ def test_a_finished_run_is_loaded(root, tmp_path, uninterrupted):
 def test_an_interrupt_says_what_is_kept(root, tmp_path, uninterrupted):
     run = Run(tmp_path, root)
     process = run.start()
-    wait_for(process, "    1  ")
-    process.send_signal(signal.SIGINT)
-    output = process.communicate()[0]
-    assert process.returncode != 0
+    run.wait_for(process, "    1  ")
+    os.kill(process.pid, signal.SIGINT)
+    output = run.output(process)
+    assert process.exitcode != 0
     kept = len(utils.load_history(run.checkpoint)["test_accuracy"])
     assert kept >= 1 and f"{kept} epochs are kept in {run.checkpoint}: run again to go on" in output
     output, weights = run.finish()
@@ -129,15 +147,13 @@ def test_an_interrupt_says_what_is_kept(root, tmp_path, uninterrupted):
 def test_ctrl_c_reaches_every_process_and_the_same_cell_goes_on(root, tmp_path, uninterrupted):
     """As in Jupyter: the interrupt goes to the kernel and its workers, and `fit` is called again with the same objects."""
     run = Run(tmp_path, root, workers=1)
-    call = next(line for line in run.code.splitlines() if "utils.fit" in line)
-    run.code = run.code.replace(call, f"try:\n    {call}\nexcept KeyboardInterrupt:\n    {call}")
-    process = run.start()
-    wait_for(process, "    1  ")
+    process = run.start(again=True)
+    run.wait_for(process, "    1  ")
     time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
-    output = process.communicate()[0]
-    assert process.returncode == 0 and "interrupted in epoch" in output and "going on with epoch" in output, output
-    assert equal(uninterrupted, torch.load(run.result, weights_only=True))
+    output = run.output(process)
+    assert process.exitcode == 0 and "interrupted in epoch" in output and "going on with epoch" in output, output
+    assert equal(uninterrupted, torch.load(tmp_path / "result.pt", weights_only=True))
 
 
 @pytest.mark.parametrize("damage", [
@@ -165,14 +181,14 @@ def test_a_kill_between_the_two_renames_loses_nothing(root, tmp_path, uninterrup
 def test_a_second_process_is_refused(root, tmp_path):
     run = Run(tmp_path, root, workers=1)
     first = run.start()
-    wait_for(first, "seconds")
+    run.wait_for(first, "seconds")
     os.kill(first.pid, signal.SIGSTOP)  # at work for as long as the second one needs to notice
     second = run.start()
-    output = second.communicate()[0]
-    assert second.returncode != 0 and output.splitlines()[-1].endswith(
-        f"another process is training with {run.checkpoint}: wait for it, stop it, or choose another folder")
+    output = run.output(second)
     os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
+    first.join()
+    assert second.exitcode and output.splitlines()[-1].endswith(
+        f"another process is training with {run.checkpoint}: wait for it, stop it, or choose another folder")
     assert run.finish()  # the lock ended with the process
 
 
@@ -189,8 +205,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(root, tmp_
         for path in disk.iterdir():
             path.unlink()
         (disk / "ballast").write_bytes(bytes(2**20 - int(1.5 * size)))  # room for one checkpoint, not for two
-        process = run.start()
-        output = process.communicate()[0]
+        output = run.output(run.start())
         assert "could not be written (No space left on device): training goes on" in output
         assert len(utils.load_history(run.checkpoint)["seconds"]) == 1 and "    5  " in output
         (disk / "ballast").unlink()
@@ -219,14 +234,11 @@ def test_a_full_disk_keeps_the_figure_before_and_the_notebook_goes_on(tmp_path, 
         subprocess.run(["umount", "--lazy", disk])
 
 
-def test_a_checkpoint_folder_that_cannot_be_written_is_named_before_work_begins(root, tmp_path):
+def test_a_checkpoint_folder_that_cannot_be_written_is_named_before_work_begins(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    run = Run(tmp_path / "file", root)
-    process = run.start()
-    output = process.communicate()[0]
-    assert process.returncode and output.splitlines()[-1].endswith(
-        f"{tmp_path / 'file'} can't be written (File exists): choose another folder")
-    assert "train loss" not in output
+    with pytest.raises(RuntimeError, match=r"file can't be written \(File exists\): choose another folder"):
+        with utils._alone(tmp_path / "file" / "checkpoint.pt"):
+            pytest.fail("work began")
 
 
 def main(kills=20):
@@ -239,7 +251,7 @@ def main(kills=20):
         for number in range(kills):
             (folder / str(number)).mkdir()
             run = Run(folder / str(number), folder, workers=number % 2)
-            moment = None if number % 4 == 0 else random.uniform(0, 1.2)
+            moment = None if number % 4 == 0 else random.uniform(0, 0.7)
             kill(run, moment)
             same = equal(whole, run.finish()[1])
             survived += same

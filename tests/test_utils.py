@@ -1,6 +1,8 @@
 """Training, the rules, saving and the figures."""
+import errno
 import json
 import pickle
+from pathlib import Path
 
 import albumentations as A
 import numpy as np
@@ -391,6 +393,29 @@ def test_saved_weights_and_facts_come_back(tmp_path):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["NetDilated.json", "NetDilated.pt"]
 
 
+class Code:
+    """Would make a file if it were unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_files_that_would_run_code_are_refused(root, tmp_path):
+    trap = tmp_path / "trap"
+    torch.save({"recipe": {}, "history": {}, "random": Code(trap)}, tmp_path / "checkpoint.pt")
+    torch.save({"weight": Code(trap)}, tmp_path / "NetDilated.pt")
+    with pytest.raises(ValueError, match="checkpoint.pt is damaged or no checkpoint of this program .*[Ww]eights.only"):
+        fit_tiny(root, 1, checkpoint=tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="NetDilated.pt is damaged or holds another network than NetDilated .*[Ww]eights.only"):
+        utils.load("NetDilated", tmp_path)
+    assert not trap.exists()
+    torch.load(tmp_path / "NetDilated.pt", weights_only=False)
+    assert trap.exists()  # it was a trap
+
+
 @pytest.mark.parametrize("content", [b"", b"not a state dict", pickle.dumps(print, protocol=2)], ids=["empty", "text", "code"])
 def test_a_foreign_or_damaged_file_is_refused_by_name(content, tmp_path):
     (tmp_path / "NetDilated.pt").write_bytes(content)
@@ -431,17 +456,18 @@ def test_a_missing_file_is_named(tmp_path):
         utils.load("NetDilated", tmp_path)
 
 
-def test_nothing_is_overwritten_before_its_replacement_is_complete(tmp_path):
+def test_nothing_is_overwritten_before_its_replacement_is_complete(tmp_path, monkeypatch):
     path = tmp_path / "figure.png"
     path.write_bytes(b"old")
 
-    def write_half(file):
-        file.write(b"ne")
-        raise OSError("disk full")
+    def fail(descriptor):
+        assert (tmp_path / "figure.png.new").read_bytes() == b"new" and path.read_bytes() == b"old"
+        raise OSError(errno.ENOSPC, "disk full")
 
-    with pytest.raises(OSError, match="disk full"):
-        utils._replace(path, write_half)
-    assert path.read_bytes() == b"old"
+    monkeypatch.setattr(utils.os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full: '.*figure.png'"):
+        utils._replace(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 # ---------------------------------------------------------------- the figures
