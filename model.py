@@ -254,7 +254,8 @@ def measure_receptive_field(model, sides=(32, 64, 128, 256, 512)):
     end, field = _end_of_map(trace(model)), 0
     for side in sides:
         try:
-            reached = sum(_gradient_of_the_middle(model, (3, side, side), end) for _ in range(3)).ne(0)
+            images = torch.randn(3, 3, side, side)  # a ReLU hides a path in one image, hardly in three
+            reached = gradient_of_the_middle(model, images, end).ne(0)
         except Exception:  # as a network with a layer of fixed size does on other images
             break
         inside = [index for axis in (0, 1) for index in reached.any(axis).nonzero().flatten().tolist()] or [0]
@@ -264,15 +265,18 @@ def measure_receptive_field(model, sides=(32, 64, 128, 256, 512)):
     return field, False
 
 
-def _gradient_of_the_middle(model, shape, end):
-    """Return the (H, W) size of the gradient of the middle of the map before step `end`: a ReLU hides a path in one
-    image, hardly in three."""
-    image = torch.randn(1, *shape, requires_grad=True)
-    with torch.enable_grad(), _Tracer(end) as tracer, contextlib.suppress(_End):
-        _run(model, image, tracer)
-    height, width = tracer.last.shape[2:]
-    (gradient,) = torch.autograd.grad(tracer.last[..., height // 2, width // 2].sum(), image)
-    return gradient.abs().sum((0, 1))
+def gradient_of_the_middle(model, images, end):
+    """Return how much each pixel of the (N, 3, H, W) images weighs in the middle of the map before step `end` of
+    `trace`: the (H, W) magnitudes of its gradient, summed over channels and images."""
+    total = torch.zeros(images.shape[2:])
+    for image in images.split(1):
+        image = image.requires_grad_()
+        with torch.enable_grad(), _Tracer(end) as tracer, contextlib.suppress(_End):
+            _run(model, image, tracer)
+        height, width = tracer.last.shape[2:]
+        (gradient,) = torch.autograd.grad(tracer.last[..., height // 2, width // 2].sum(), image)
+        total += gradient.abs().sum((0, 1))
+    return total
 
 
 def _end_of_map(steps):

@@ -26,7 +26,8 @@ from tqdm.auto import tqdm
 
 from dataset import (CLASSES, CORES, DATASETS, FILL, is_number, load_dataset, make_loader, normalise, require,
                      test_transform, train_transform)
-from model import NETWORKS, build_network, count_macs, count_parameters, measure_receptive_field, receptive_field, trace
+from model import (NETWORKS, build_network, count_macs, count_parameters, gradient_of_the_middle,
+                   measure_receptive_field, receptive_field, trace)
 
 try:
     import fcntl
@@ -844,6 +845,45 @@ def plot_confusion(dataset, logits, path):
     axis.set_xticks(range(len(counts)), base.classes, rotation=45, ha="right")
     axis.set_yticks(range(len(counts)), base.classes)
     axis.set(xlabel="predicted", ylabel="true", title=f"{base.title}: of each true class, % predicted as")
+    return _finish(figure, path)
+
+
+def plot_receptive_field(model, dataset, path, mosaics=4):
+    """Draw, for each convolution unit, how much the pixels of an image weigh in one position behind it (the mean
+    gradient on mosaics of 4x4 images of the data set) and the theoretical receptive field; save to `path`, return the
+    figure."""
+    base, steps = _base(dataset), trace(model)
+    images = normalise(base.data[:16 * mosaics]).reshape(mosaics, 4, 4, 3, 32, 32)
+    images = images.permute(0, 3, 1, 4, 2, 5).reshape(mosaics, 3, 128, 128)
+    units = convolution_units(steps)
+    model = copy.deepcopy(model).cpu()
+    figure, axes = plt.subplots(2, -(-len(units) // 2), figsize=(10, 4.4), layout="constrained")
+    for number, (axis, unit) in enumerate(zip(axes.flat, units)):
+        weight = gradient_of_the_middle(model, images, steps.index(unit[-1]) + 1)
+        axis.imshow((weight / weight.max()).sqrt().numpy(), cmap="viridis")
+        field = unit[-1].receptive_field
+        row, column = ((index.min() + index.max()) / 2 for index in map(torch.flatten, weight.nonzero().T))
+        axis.add_patch(plt.Rectangle((column - field / 2, row - field / 2), field, field, fill=False, color=ORANGE))
+        axis.set_title(f"C{number // 3 + 1}, {number % 3 + 1}: {field}", fontsize=10)
+        axis.axis("off")
+    figure.suptitle("What one position sees behind each convolution: pixels by weight, the theoretical square around")
+    return _finish(figure, path)
+
+
+def plot_kernels(layers, path):
+    """Draw which positions of its input one output position of each depthwise layer, a dict by title, works on; save to
+    `path`, return the figure."""
+    figure, axes = plt.subplots(1, len(layers), figsize=(3 * len(layers), 3.2), layout="constrained")
+    for axis, (title, layer) in zip(axes, layers.items()):
+        x = torch.zeros(1, layer.in_channels, 9, 9, requires_grad=True)
+        with torch.enable_grad():
+            copy.deepcopy(layer).cpu()(x)[0, :, 4, 4].sum().backward()
+        axis.imshow(x.grad[0].abs().sum(0).ne(0).numpy(), cmap="Blues", vmax=1.4)
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks(np.arange(8) + 0.5, [])
+        axis.set_yticks(np.arange(8) + 0.5, [])
+        axis.grid(color="lightgrey")
+        axis.tick_params(length=0)
     return _finish(figure, path)
 
 

@@ -509,3 +509,22 @@ def test_accuracy_by_class(root):
     logits = F.one_hot(torch.where(labels == 4, 5, labels), 10).float()
     accuracies = utils.accuracy_by_class(test_set, logits)
     assert accuracies == {name: 0.0 if name == test_set.classes[4] else 100.0 for name in test_set.classes}
+
+
+def test_the_figure_of_the_receptive_field_outlines_what_the_gradients_reach(root, tmp_path):
+    torch.manual_seed(0)
+    figure = utils.plot_receptive_field(NetDilated(), load_dataset("test", "built-in", root=root), tmp_path / "field.png", 1)
+    sides = [axis.patches[0].get_width() for axis in figure.axes]
+    assert sides == [3, 5, 7, 11, 15, 19, 27, 43, 51, 67, 83, 99] and (tmp_path / "field.png").exists()
+    for axis, side in zip(figure.axes, sides):
+        reached = axis.images[0].get_array() > 0
+        assert reached.any(0).sum() == reached.any(1).sum() == side
+        columns = np.flatnonzero(reached.any(0))
+        assert axis.patches[0].get_x() == columns[0] - 0.5
+
+
+def test_the_figure_of_the_kernels_shows_their_taps(tmp_path):
+    network = NetDilated()
+    figure = utils.plot_kernels({"plain": network.C3[0][0][1], "dilated": network.C3[1][0][1]}, tmp_path / "kernels.png")
+    taps = [np.argwhere(axis.images[0].get_array()).tolist() for axis in figure.axes]
+    assert taps == [[[row, column] for row in places for column in places] for places in ((3, 4, 5), (2, 4, 6))]
