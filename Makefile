@@ -4,7 +4,7 @@ RUN = .venv/bin/python
 EXECUTE = TQDM_DISABLE=1 $(RUN) -m jupyter nbconvert --to notebook --execute --ExecutePreprocessor.timeout=-1 \
 	--coalesce-streams
 
-.PHONY: demo test train clean
+.PHONY: demo test train bench clean
 
 demo: .venv/installed  ## execute the notebook on built-in data into demo/ (half a minute, no download)
 	mkdir -p demo
@@ -15,6 +15,9 @@ test: .venv/installed  ## the whole suite, the notebook included, offline
 
 train: .venv/installed  ## execute the notebook for real: refreshes its outputs, img/ and weights/
 	$(EXECUTE) --inplace S9.ipynb
+
+bench: .venv/installed  ## measure both sides of every comparison of speed, on CIFAR-10: benchmarks/results.json
+	$(RUN) benchmarks/bench.py
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -1,0 +1,276 @@
+"""How fast: `python benchmarks/bench.py` measures both sides of every comparison in turn, on this machine, in one run.
+
+Prints tables and writes them to benchmarks/results.json. Rates are medians of the repeats, with the lowest and the
+highest beside them; ratios are medians of the ratios within each repeat, so that a machine that slows down slows
+both sides. Each side of the training step is a process of its own, since memory settings and peaks are a process's.
+"""
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import albumentations as A
+import torch
+from albumentations.pytorch import ToTensorV2
+from torch.utils.benchmark import Timer
+from torch.utils.data import DataLoader, Dataset
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import utils
+from dataset import CORES, MEAN, STD, load_dataset, make_loader, train_transform
+from model import Network, Unit, blueprint, build_network, conv, count_macs
+
+OURS, DEFAULTS = "NetDilated, as the notebook trains it", "NetDilated, PyTorch's defaults"
+SIDES = {  # network, batch size, whether trained as the notebook does or with PyTorch's defaults, as published
+    OURS: ("NetDilated", 256, True), DEFAULTS: ("NetDilated", 256, False),
+    "PublishedDilated, as published": ("PublishedDilated", 256, False),
+    "PublishedDepthwise, as published": ("PublishedDepthwise", 512, False),
+}
+PUBLISHED_EPOCHS = {"PublishedDilated, as published": 150, "PublishedDepthwise, as published": 98}  # to 85 %
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--images", type=int, default=1024, help="images in each measurement")
+    parser.add_argument("--data", default="CIFAR-10", help="CIFAR-10 or built-in")
+    parser.add_argument("--output", type=Path, default=HERE / "results.json")
+    options = parser.parse_args(arguments)
+    device = utils.pick_device()
+    results = {"hardware": utils.hardware(device), "data": options.data, "date": date.today().isoformat(),
+               "versions": utils.versions(), "repeats": options.repeats, "images": options.images}
+    print(f"{results['hardware']}, {options.data}, medians of {options.repeats}")
+    results["training step"] = training_step(options)
+    results["time to 85 %"] = time_to_85(results["training step"], HERE / "short.json")
+    results["input pipeline"] = input_pipeline(options)
+    results["waiting for data, %"] = waiting(options, device)
+    results["evaluation, seconds"] = evaluation(options, device)
+    results["cost of the training step, ms an image"] = growth(options, device)
+    results["rate of arithmetic, GFLOP/s"] = arithmetic(results["training step"], device)
+    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\nwritten to {options.output}")
+    return results
+
+
+# ---------------------------------------------------------------- 1. training step
+
+def training_step(options):
+    """Images a second of each side, measured in turn, peak memory, and how many times faster ours is."""
+    processes = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+    if sys.platform != "win32":
+        processes.set_forkserver_preload(["utils"])  # the imports' seconds once, not four times
+    sides = {}
+    for name, side in SIDES.items():
+        pipe, other = processes.Pipe()
+        process = processes.Process(target=serve_side, args=(other, options.images, *side), daemon=True)
+        process.start()
+        pipe.recv()  # it is warm
+        sides[name] = pipe, process
+    rates = {name: [] for name in sides}
+    for _ in range(options.repeats):
+        for name, (pipe, _) in sides.items():
+            pipe.send("measure")
+            rates[name].append(pipe.recv())
+    rows = {}
+    print(f"\n{'training step':38} images/s  lowest  highest  peak MB  ours is faster")
+    for name, (pipe, process) in sides.items():
+        pipe.send("memory")
+        ratio = statistics.median(ours / other for ours, other in zip(rates[OURS], rates[name]))
+        rows[name] = {**spread(rates[name]), "peak_mb": pipe.recv(), "ours_is_faster": ratio}
+        print("{:38} {:8.0f} {:7.0f} {:8.0f} {:8.0f} {:10.2f} times".format(name, *rows[name].values()))
+        process.terminate()
+    return rows
+
+
+def serve_side(pipe, images, network, batch_size, ours):
+    """Measure one side whenever asked, in a process of its own."""
+    batch_size = min(batch_size, images)
+    if ours:
+        device = utils.pick_device()
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        utils.mixed_precision = lambda device: None
+    train = trainer(build_network(network), batch_size, max(1, images // batch_size), device,
+                    torch.channels_last if ours else torch.contiguous_format)
+    train()
+    pipe.send("ready")
+    while True:
+        if pipe.recv() == "measure":
+            pipe.send(images // batch_size * batch_size / Timer("train()", globals={"train": train}).timeit(1).mean)
+        elif device.type == "cuda":
+            pipe.send(torch.cuda.max_memory_allocated() / 2**20)
+        else:
+            pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+
+
+def trainer(model, batch_size, steps, device, memory_format):
+    """Return a function that trains the model for some steps on one random batch, with the training loop itself."""
+    model.to(device, memory_format=memory_format)
+    images = torch.randn(batch_size, 3, 32, 32, device=device).to(memory_format=memory_format)
+    batches = [(images, torch.randint(10, (batch_size,), device=device))] * steps
+    optimizer = utils.make_optimizer(model, 0.01, 5e-4)
+    return lambda: utils.train(model, batches, optimizer)
+
+
+# ---------------------------------------------------------------- 2. time to 85 %
+
+def time_to_85(steps, path):
+    """Minutes of training steps until 85 %: 50,000 images an epoch, times the epochs. Ours are those of the short
+    schedule, whose three runs `benchmarks/short.py` made."""
+    if not path.exists():
+        print(f"\ntime to 85 %: run benchmarks/short.py first, which writes {path.name}")
+        return None
+    short = json.loads(path.read_text())
+    epochs = {OURS: short["epochs"], **PUBLISHED_EPOCHS}
+    minutes = {name: count * 50_000 / steps[name]["median"] / 60 for name, count in epochs.items()}
+    print(f"\n{'time to 85 %':38} epochs  minutes  ours is faster")
+    for name, value in minutes.items():
+        print(f"{name:38} {epochs[name]:6} {value:8.1f} {value / minutes[OURS]:10.1f} times")
+    return {"minutes": minutes, "ours_is_faster": {name: value / minutes[OURS] for name, value in minutes.items()}}
+
+
+# ---------------------------------------------------------------- 3. input pipeline
+
+class StudentDataset(Dataset):
+    """The usual pattern: normalise and convert each image by itself."""
+
+    def __init__(self, data, targets):
+        self.data, self.targets = data, targets
+        self.transform = A.Compose([*train_transform().transforms, A.Normalize(MEAN, STD), ToTensorV2()])
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return self.transform(image=self.data[index])["image"], self.targets[index]
+
+
+def input_pipeline(options):
+    """Images a second that loaders deliver, against the bare albumentations calls in a loop, on one core."""
+    dataset = load_dataset("train", options.data)
+    transform, sample = train_transform(), dataset.data[:options.images]
+    student = StudentDataset(dataset.data, dataset.targets)
+
+    def bare():
+        for image in sample:
+            transform(image=image)
+        return len(sample)
+
+    sides = {"albumentations alone, in a loop": bare}
+    for workers in range(1, min(2, CORES) + 1):
+        ours = make_loader(dataset, 256, True, workers)
+        theirs = DataLoader(student, 256, shuffle=True, num_workers=workers, persistent_workers=True)
+        for name, loader in (("ours", ours), ("student's", theirs)):
+            sides[f"{name}, {workers} worker{'s' * (workers > 1)}"] = lambda loader=loader: sum(len(y) for _, y in loader)
+    for deliver in sides.values():
+        deliver()  # starts the workers
+    rates = {name: [] for name in sides}
+    for _ in range(options.repeats):
+        for name, deliver in sides.items():
+            start = time.perf_counter()
+            count = deliver()
+            rates[name].append(count / (time.perf_counter() - start))
+    print(f"\n{'input pipeline':38} images/s  lowest  highest  of the bare rate")
+    rows = {}
+    for name, values in rates.items():
+        share = statistics.median(one / limit for one, limit in zip(values, rates["albumentations alone, in a loop"]))
+        rows[name] = {**spread(values), "of_the_bare_rate": share}
+        print("{:38} {:8.0f} {:7.0f} {:8.0f} {:10.0%}".format(name, *rows[name].values()))
+    return rows
+
+
+def waiting(options, device):
+    """The share of an epoch that the training loop spends waiting for its loader, in percent."""
+    dataset = load_dataset("train", options.data)
+    loader, model = make_loader(dataset, 256, True), build_network("NetDilated")
+    model.to(device, memory_format=torch.channels_last)
+    optimizer, waits = utils.make_optimizer(model, 0.01, 5e-4), []
+
+    def watched(batches=max(1, options.images * options.repeats // 256)):
+        iterator = iter(loader)
+        for _ in range(min(batches, len(loader))):
+            start = time.perf_counter()
+            batch = next(iterator)
+            waits.append(time.perf_counter() - start)
+            yield batch
+
+    start = time.perf_counter()
+    utils.train(model, watched(), optimizer)
+    share = 100 * sum(waits[1:]) / (time.perf_counter() - start)  # the first one starts the workers
+    print(f"\nwaiting for data: {share:.1f} % of the training loop's time, {loader.num_workers} workers")
+    return share
+
+
+# ---------------------------------------------------------------- 4. evaluation
+
+def evaluation(options, device):
+    """Seconds to test the network on the whole test set."""
+    loader = make_loader(load_dataset("test", options.data), 500)
+    model = build_network("NetDilated").to(device, memory_format=torch.channels_last)
+    seconds = [Timer("test(model, loader)", globals={"test": utils.test, "model": model, "loader": loader}).timeit(1).mean
+               for _ in range(options.repeats)]
+    row = spread(seconds)
+    print(f"\nevaluation of {len(loader.dataset):,} images: {row['median']:.1f} s ({row['lowest']:.1f} to {row['highest']:.1f})")
+    return {"images": len(loader.dataset), **row}
+
+
+# ---------------------------------------------------------------- 5. how cost grows
+
+def growth(options, device):
+    """Milliseconds a training step takes for each image, over the batch size and over the width."""
+    trainers = {f"batch size {size}": (build_network("NetDilated"), size) for size in (32, 64, 128, 256, 512, 1024)}
+    trainers |= {f"width times {factor}": (widened(factor), 256) for factor in (0.5, 1, 1.5, 2)}
+    print(f"\n{'training step':38} ms/image  lowest  highest")
+    rows = {}
+    for name, (model, size) in trainers.items():
+        size = min(size, options.images)
+        steps = max(1, options.images // 2 // size)
+        train = trainer(model, size, steps, device, torch.channels_last)
+        train()
+        times = [1000 * Timer("train()", globals={"train": train}).timeit(1).mean / (steps * size)
+                 for _ in range(min(3, options.repeats))]
+        rows[name] = spread(times)
+        print("{:38} {:8.3f} {:7.3f} {:8.3f}".format(name, *rows[name].values()))
+    return rows
+
+
+def widened(factor):
+    """Return NetDilated with `factor` times its channels."""
+    a, b, c = (round(factor * width / 16) * 16 for width in (48, 96, 112))
+
+    def block(channels_in, dilation):
+        return [Unit(blueprint(channels_in, c), c), Unit(blueprint(c, c, dilation=dilation), c),
+                Unit(blueprint(c, c, stride=2), c)]
+
+    return Network([Unit(conv(3, a), a), Unit(conv(a, a), a), Unit(conv(a, b, stride=2), b)],
+                   block(b, 1), block(c, 2), block(c, 1),
+                   [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(c, 10)])
+
+
+# ---------------------------------------------------------------- 6. how near the limit
+
+def arithmetic(steps, device):
+    """The rate of the training step's multiply-accumulates (forward, and twice that backward; two operations each)
+    against that of a large matrix product in the same type."""
+    dtype = utils.mixed_precision(device) or torch.float32
+    a, b = (torch.randn(4096, 4096, device=device, dtype=dtype) for _ in range(2))
+    Timer("a @ b", globals={"a": a, "b": b}).timeit(2)
+    product = 2 * 4096**3 / Timer("a @ b", globals={"a": a, "b": b}).timeit(5).mean / 1e9
+    step = 6 * count_macs(build_network("NetDilated")) * steps[OURS]["median"] / 1e9
+    print(f"\ntraining step: {step:.0f} GFLOP/s, {step / product:.0%} of a matrix product's {product:.0f} in {dtype}")
+    return {"training step": step, "matrix product": product, "type": str(dtype), "share": step / product}
+
+
+def spread(values):
+    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+
+
+if __name__ == "__main__":
+    main()

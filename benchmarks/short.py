@@ -1,0 +1,31 @@
+"""The short schedule: three runs of NetDilated, whose mean test accuracy is to pass 85 %; writes benchmarks/short.json.
+
+`python benchmarks/short.py` goes on where it was interrupted.
+"""
+import json
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import utils
+
+EPOCHS, SEEDS = 10, (0, 1, 2)
+
+
+def main():
+    runs = []
+    for seed in SEEDS:
+        folder = HERE.parent / "checkpoints" / f"short-{seed}"
+        runs.append(utils.run(epochs=EPOCHS, seed=seed, checkpoint=folder / "NetDilated.pt", folder=folder)[1])
+    accuracies = [run["test_accuracy"] for run in runs]
+    result = {"epochs": EPOCHS, "mean_test_accuracy": statistics.mean(accuracies),
+              "deviation": statistics.stdev(accuracies), "runs": runs}
+    (HERE / "short.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{EPOCHS} epochs, seeds {SEEDS}: {result['mean_test_accuracy']:.2f} +- {result['deviation']:.2f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The benchmark does not rot: all of it runs, on very little."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import bench
+from model import build_network, count_parameters
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CIFAR10_ROOT", str(folder))
+        results = bench.main(["--images", "32", "--repeats", "1", "--data", "built-in", "--output", str(folder / "r.json")])
+    assert json.loads((folder / "r.json").read_text()) == results
+    return results
+
+
+def test_training_steps_are_compared_with_ours(results):
+    rows = results["training step"]
+    assert list(rows) == list(bench.SIDES) and rows[bench.OURS]["ours_is_faster"] == 1
+    for row in rows.values():
+        assert row["ours_is_faster"] == pytest.approx(rows[bench.OURS]["median"] / row["median"])
+        assert row["lowest"] <= row["median"] <= row["highest"] and row["peak_mb"] > 100
+
+
+def test_shares_lie_between_nothing_and_everything(results):
+    assert 0 < results["rate of arithmetic, GFLOP/s"]["share"] < 1.5
+    assert 0 <= results["waiting for data, %"] < 100
+    assert all(row["of_the_bare_rate"] > 0 for row in results["input pipeline"].values())
+    assert results["evaluation, seconds"]["images"] == 500 and results["evaluation, seconds"]["median"] > 0
+    assert len(results["cost of the training step, ms an image"]) == 10
+
+
+def test_time_to_85_is_epochs_times_the_time_of_an_epoch(tmp_path):
+    (tmp_path / "short.json").write_text(json.dumps({"epochs": 10}))
+    steps = {name: {"median": 1000 if name == bench.OURS else 100} for name in bench.SIDES}
+    result = bench.time_to_85(steps, tmp_path / "short.json")
+    assert result["minutes"][bench.OURS] == pytest.approx(10 * 50 / 60)
+    assert result["ours_is_faster"]["PublishedDepthwise, as published"] == pytest.approx(98)
+    assert bench.time_to_85(steps, tmp_path / "missing.json") is None
+
+
+def test_the_network_as_wide_as_ours_is_ours():
+    ours, same = build_network("NetDilated"), bench.widened(1)
+    assert [tuple(p.shape) for p in same.parameters()] == [tuple(p.shape) for p in ours.parameters()]
+    assert count_parameters(bench.widened(2)) > 3 * count_parameters(same)
