@@ -103,7 +103,7 @@ def serve_side(pipe, images, network, batch_size, ours):
     pipe.send("ready")
     while True:
         if pipe.recv() == "measure":
-            pipe.send(images // batch_size * batch_size / Timer("train()", globals={"train": train}).timeit(1).mean)
+            pipe.send(images // batch_size * batch_size / seconds(train))
         elif device.type == "cuda":
             pipe.send(torch.cuda.max_memory_allocated() / 2**20)
         else:
@@ -214,9 +214,7 @@ def evaluation(options, device):
     """Seconds to test the network on the whole test set."""
     loader = make_loader(load_dataset("test", options.data), 500)
     model = build_network("NetDilated").to(device, memory_format=torch.channels_last)
-    seconds = [Timer("test(model, loader)", globals={"test": utils.test, "model": model, "loader": loader}).timeit(1).mean
-               for _ in range(options.repeats)]
-    row = spread(seconds)
+    row = spread([seconds(lambda: utils.test(model, loader)) for _ in range(options.repeats)])
     print(f"\nevaluation of {len(loader.dataset):,} images: {row['median']:.1f} s ({row['lowest']:.1f} to {row['highest']:.1f})")
     return {"images": len(loader.dataset), **row}
 
@@ -234,8 +232,7 @@ def growth(options, device):
         steps = max(1, options.images // 2 // size)
         train = trainer(model, size, steps, device, torch.channels_last)
         train()
-        times = [1000 * Timer("train()", globals={"train": train}).timeit(1).mean / (steps * size)
-                 for _ in range(min(3, options.repeats))]
+        times = [1000 * seconds(train) / (steps * size) for _ in range(min(3, options.repeats))]
         rows[name] = spread(times)
         print("{:38} {:8.3f} {:7.3f} {:8.3f}".format(name, *rows[name].values()))
     return rows
@@ -261,11 +258,15 @@ def arithmetic(steps, device):
     against that of a large matrix product in the same type."""
     dtype = utils.mixed_precision(device) or torch.float32
     a, b = (torch.randn(4096, 4096, device=device, dtype=dtype) for _ in range(2))
-    Timer("a @ b", globals={"a": a, "b": b}).timeit(2)
-    product = 2 * 4096**3 / Timer("a @ b", globals={"a": a, "b": b}).timeit(5).mean / 1e9
+    product = 2 * 4096**3 / min(seconds(lambda: a @ b) for _ in range(5)) / 1e9
     step = 6 * count_macs(build_network("NetDilated")) * steps[OURS]["median"] / 1e9
     print(f"\ntraining step: {step:.0f} GFLOP/s, {step / product:.0%} of a matrix product's {product:.0f} in {dtype}")
     return {"training step": step, "matrix product": product, "type": str(dtype), "share": step / product}
+
+
+def seconds(function):
+    """Time one call, on all cores (a Timer's own default is one) and to the end of what it asks of a GPU."""
+    return Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads()).timeit(1).mean
 
 
 def spread(values):
