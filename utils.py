@@ -263,6 +263,7 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
                 except FloatingPointError as error:
                     raise FloatingPointError(f"epoch {epoch}, {error}: try a max_lr below {max_lr}") from error
                 except KeyboardInterrupt:
+                    train_loader._iterator = None  # a batch may be half received: the next run starts new workers
                     done = len(history["seconds"])
                     if checkpoint and done == epoch:  # the interrupt may have hit the writing
                         _write_checkpoint(checkpoint, recipe, parts, train_loader, history)

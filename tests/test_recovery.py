@@ -22,8 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 from dataset import load_dataset, make_loader
 
-PROCESSES = multiprocessing.get_context("forkserver")  # each run is a process, without the imports' seconds
-PROCESSES.set_forkserver_preload(["utils"])
+PROCESSES = multiprocessing.get_context("spawn")  # nothing is shared but what the arguments say
 
 
 def work(folder, root, workers, again):
