@@ -25,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import utils
 from dataset import CORES, MEAN, STD, load_dataset, make_loader, train_transform
-from model import Network, Unit, blueprint, build_network, conv, count_macs
+from model import Dropout, Network, Unit, blueprint, build_network, conv, count_macs
 
 OURS, DEFAULTS = "NetDilated, as the notebook trains it", "NetDilated, PyTorch's defaults"
 SIDES = {  # network, batch size, whether trained as the notebook does or with PyTorch's defaults, as published
@@ -97,6 +97,7 @@ def serve_side(pipe, images, network, batch_size, ours):
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         utils.mixed_precision = lambda device: None
+        Dropout.forward = torch.nn.Dropout.forward
     train = trainer(build_network(network), batch_size, max(1, images // batch_size), device,
                     torch.channels_last if ours else torch.contiguous_format)
     train()

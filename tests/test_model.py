@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import model
-from model import NETWORKS, Depthwise, build_network, count_macs, count_parameters, receptive_field, trace
+from model import NETWORKS, Depthwise, Dropout, build_network, count_macs, count_parameters, receptive_field, trace
 from utils import convolution_units
 
 
@@ -112,6 +112,23 @@ def test_depthwise_is_the_same_convolution_in_fp32_and_under_bf16_autocast(argum
         rounded = layer(x.bfloat16())
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_dropout_drops_a_share_p_and_scales_the_rest(memory_format):
+    torch.manual_seed(0)
+    layer, x = Dropout(0.1), torch.ones(7, 16, 31, 33).contiguous(memory_format=memory_format).requires_grad_()
+    y = layer(x)
+    dropped = y.eq(0)
+    assert y.stride() == x.stride() and y[~dropped].allclose(torch.tensor(1 / 0.9))
+    deviation = (0.1 * 0.9 / x.numel()) ** 0.5
+    assert dropped.double().mean().item() == pytest.approx(0.1, abs=4 * deviation)
+    for axis in range(4):  # neighbours share their random bits no more than others
+        pairs = dropped & dropped.roll(1, axis)
+        assert pairs.double().mean().item() == pytest.approx(0.01, abs=8 * deviation)
+    y.sum().backward()
+    assert torch.equal(x.grad, y) and not torch.equal(layer(x).eq(0), dropped)
+    assert layer.eval()(x) is x or torch.equal(layer(x), x)
 
 
 def test_unknown_network_is_named_with_the_known_ones():
