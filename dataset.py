@@ -23,7 +23,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 FILL = tuple(round(255 * channel) for channel in MEAN)  # the mean colour on the scale of the uint8 images
 
 
-def train_transform(p=0.25):
+def train_transform(p=0.5):
     """Return the assignment's augmentations: uint8 (H, W, 3) to uint8 (32, 32, 3).
 
     Half of the images are mirrored; shift, scale and rotation, and the hole, are each applied with probability p.

@@ -9,19 +9,24 @@ import json
 import os
 import platform
 import random
+import signal
+import threading
 import time
 import zipfile
+from collections import Counter
 from datetime import date
 from pathlib import Path
 
-import albumentations
+import albumentations as A
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
-from torchmetrics.functional.classification import multiclass_confusion_matrix
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Subset
+from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 from tqdm.auto import tqdm
 
 from dataset import (CLASSES, CORES, DATASETS, FILL, is_number, load_dataset, make_loader, normalise, require,
@@ -34,7 +39,14 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito: told apart by colour-blind people
+COLOURS = BLUE, ORANGE, *_ = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"  # Okabe and Ito: safe for all eyes
+CORRUPTIONS = {  # of test images, at five strengths
+    "noise": [A.GaussNoise((strength, strength), p=1) for strength in (0.02, 0.04, 0.06, 0.08, 0.1)],
+    "blur": [A.GaussianBlur(0, (sigma, sigma), p=1) for sigma in (0.4, 0.6, 0.8, 1, 1.2)],
+    "JPEG": [A.ImageCompression("jpeg", (quality, quality), p=1) for quality in (80, 65, 50, 35, 20)],
+    "brightness": [A.RandomBrightnessContrast((more, more), 0, p=1) for more in (0.1, 0.2, 0.3, 0.4, 0.5)],
+    "contrast": [A.RandomBrightnessContrast(0, (-less, -less), p=1) for less in (0.2, 0.35, 0.5, 0.65, 0.8)],
+}
 PARAMETER_LIMIT, RECEPTIVE_FIELD_LIMIT = 200_000, 44  # the assignment's "fewer than" and "above"
 
 
@@ -107,12 +119,12 @@ def _devices():
 def mixed_precision(device):
     """Return the 16-bit type to train in on this device, or None where fp32 is the better choice.
 
-    CUDA: fp16, which every GPU has, with scaled gradients. CPU: bf16 where the processor multiplies in it
-    (AVX512-BF16 or AMX); emulated elsewhere, it is slower than fp32.
+    CUDA: fp16, which every GPU has, with scaled gradients. CPU: bf16 where the processor multiplies matrices in it
+    (AMX); elsewhere, with AVX512-BF16 too, it is slower than fp32.
     """
     if device.type == "cuda":
         return torch.float16
-    return torch.bfloat16 if device.type == "cpu" and "avx512_bf16" in _cpuinfo() else None
+    return torch.bfloat16 if device.type == "cpu" and "amx_bf16" in _cpuinfo() else None
 
 
 def hardware(device):
@@ -132,16 +144,17 @@ def _cpuinfo():
 def versions():
     """Return the versions that a result depends on."""
     return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "albumentations": albumentations.__version__, "numpy": np.__version__}
+            "albumentations": A.__version__, "numpy": np.__version__}
 
 
 # ---------------------------------------------------------------- training
 
-def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None):
+def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None, begun=None):
     """Train one epoch and return its (loss, accuracy): means over the samples, accuracy in percent.
 
     The forward pass runs in `mixed_precision` of the model's device. `scheduler` steps after each batch;
-    `on_step()` is called then as well.
+    `on_step()` is called then as well. `begun`, a Counter, holds the sums of the batches so far: those that it counts
+    when the epoch begins are skipped.
 
     Raises:
         FloatingPointError: the loss is no longer finite. RuntimeError: the GPU's memory is too small for the batch.
@@ -150,8 +163,8 @@ def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None):
     dtype = mixed_precision(device)
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
     model.train()
-    loss_sum, correct, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    for step, (images, labels) in enumerate(loader, 1):
+    begun = Counter() if begun is None else begun
+    for images, labels in itertools.islice(loader, begun["batches"], None):
         try:
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -163,18 +176,17 @@ def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None):
             raise RuntimeError(f"the memory of {hardware(device)} is too small for batch_size {len(labels)}: "
                                f"try {max(1, len(labels) // 2)}") from error
         if not loss.isfinite():  # scaler.step waits for the GPU in any case
-            rate = optimizer.param_groups[0]["lr"]
+            step, rate = begun["batches"] + 1, optimizer.param_groups[0]["lr"]
             raise FloatingPointError(f"step {step}: the loss is {loss.item()} at learning rate {rate:.2g}")
         scaler.step(optimizer)
         scaler.update()
         if scheduler:
             scheduler.step()
-        loss_sum += loss.detach() * len(labels)
-        correct += (logits.argmax(1) == labels).sum()
-        count += len(labels)
+        begun.update(batches=1, images=len(labels), loss=loss.item() * len(labels),
+                     correct=(logits.argmax(1) == labels).sum().item())
         if on_step:
             on_step()
-    return loss_sum.item() / count, 100 * correct.item() / count
+    return begun["loss"] / begun["images"], 100 * begun["correct"] / begun["images"]
 
 
 @torch.no_grad()
@@ -213,12 +225,15 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
     """Train with a one-cycle schedule and return the history: a list for each column, an entry for each epoch.
 
     Smith and Topin, Super-convergence, https://arxiv.org/abs/1708.07120: the learning rate rises to `max_lr` over
-    the first quarter of the steps and falls to nearly zero. The test set is only looked at, never chosen on:
-    the last epoch is the result.
+    the first quarter of the steps and falls to nearly zero. In the second half the weights are averaged, each step
+    weighing less by a factor (Polyak averaging), over about a twentieth of the run: from then on that average is what
+    is tested, and in the end what `model` holds. The test set is only looked at, never chosen on: the last epoch is
+    the result.
 
-    With a `checkpoint` path, the whole state is written there after every epoch. A run that was interrupted or
-    killed goes on from it, to the same weights as if nothing had happened, and a finished one is loaded; `restart`
-    starts afresh. After an interrupt `load_history` has the epochs so far.
+    With a `checkpoint` path, the whole state is written there after every epoch and at an interrupt, which waits for
+    the end of a step (a second one does not). A run that was interrupted or killed goes on from it, to the same weights
+    as if nothing had happened, and a finished one is loaded; `restart` starts afresh. After an interrupt `load_history`
+    has the epochs so far.
 
     Raises:
         ValueError: a setting is impossible, or the checkpoint is damaged or of another run.
@@ -228,49 +243,126 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
     check_settings(epochs=epochs, max_lr=max_lr, weight_decay=weight_decay, checkpoint=checkpoint, restart=restart)
     device = pick_device(device)
     model.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, max_lr, weight_decay)
-    steps = epochs * len(train_loader)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=steps, pct_start=0.25)
-    scaler = torch.amp.GradScaler(device.type, init_scale=1024, enabled=mixed_precision(device) == torch.float16)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    data = _base(train_loader.dataset)
-    recipe = {"network": type(model).__name__, "data": data.title, "images": len(train_loader.dataset),
-              "epochs": epochs, "batch_size": train_loader.batch_size, "max_lr": max_lr, "weight_decay": weight_decay,
-              "augmentations": str(data.transform).splitlines(), "seed": data.seed, "layers": str(model).splitlines()}
-    history = {name: [] for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")}
-    print(f"{epochs} epochs on {hardware(device)}, data: {data.title}")
-    with _alone(checkpoint):
+    run = _Run(model, train_loader, epochs, max_lr, weight_decay, checkpoint)
+    print(f"{epochs} epochs on {hardware(device)}, data: {run.recipe['data']}")
+    with _alone(checkpoint), _interrupts_noted() as interrupts:
         if checkpoint and not restart:
-            history = _resume(checkpoint, recipe, parts, train_loader) or history
+            run.resume()
         print("epoch  train loss  train acc %  test loss  test acc %  seconds")
-        done = len(history["seconds"])
-        for epoch, row in enumerate(zip(*history.values()), 1):
+        for epoch, row in enumerate(zip(*run.history.values()), 1):
             print(ROW.format(epoch, *row))
         quiet = bool(os.environ.get("TQDM_DISABLE"))  # which tqdm itself obeys outside notebooks only
-        with tqdm(total=steps, initial=done * len(train_loader), unit="batch", leave=False, disable=quiet) as bar:
-            for epoch in range(done + 1, epochs + 1):
+        with tqdm(total=run.steps, initial=run.steps_done(), unit="batch", leave=False, disable=quiet) as bar:
+            def on_step():
+                bar.update()
+                run.average_weights()
+                if interrupts:
+                    raise KeyboardInterrupt
+
+            for epoch in range(len(run.history["seconds"]) + 1, epochs + 1):
                 try:
-                    start = time.perf_counter()
-                    result = train(model, train_loader, optimizer, scheduler, scaler, bar.update)
-                    row = *result, *test(model, test_loader), time.perf_counter() - start
-                    if not np.isfinite(row).all():  # the last step of the epoch spoilt the weights
-                        raise FloatingPointError(f"after its last step: the loss is {row[2]}")
-                    print(ROW.format(epoch, *row), flush=True)
-                    for column, value in zip(history.values(), row):
-                        column.append(value)
-                    if checkpoint:
-                        _write_checkpoint(checkpoint, recipe, parts, train_loader, history)
+                    print(ROW.format(epoch, *run.train_epoch(test_loader, on_step)), flush=True)
+                    run.write()
                 except FloatingPointError as error:
                     raise FloatingPointError(f"epoch {epoch}, {error}: try a max_lr below {max_lr}") from error
                 except KeyboardInterrupt:
-                    train_loader._iterator = None  # a batch may be half received: the next run starts new workers
-                    done = len(history["seconds"])
-                    if checkpoint and done == epoch:  # the interrupt may have hit the writing
-                        _write_checkpoint(checkpoint, recipe, parts, train_loader, history)
-                    kept = f"{done} epochs are kept in {checkpoint}: run again to go on"
-                    print(f"interrupted in epoch {epoch}; {kept if checkpoint else 'nothing is kept'}", flush=True)
+                    kept = run.stop(at_a_step=len(interrupts) == 1)
+                    print(f"interrupted in epoch {epoch}: {kept}", flush=True)
                     raise
-    return history
+    model.load_state_dict(run.result().state_dict())
+    return run.history
+
+
+class _Run:
+    """A training run and all of its state, which its checkpoint keeps."""
+
+    def __init__(self, model, loader, epochs, max_lr, weight_decay, checkpoint):
+        device, data = next(model.parameters()).device, _base(loader.dataset)
+        self.loader, self.checkpoint, self.steps = loader, checkpoint, epochs * len(loader)
+        decay = max(0.0, 1 - 20 / self.steps)
+        optimizer = make_optimizer(model, max_lr, weight_decay)
+        self.parts = {
+            "model": model, "optimizer": optimizer,
+            "scheduler": torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=self.steps, pct_start=0.25),
+            "scaler": torch.amp.GradScaler(device.type, 1024, enabled=mixed_precision(device) == torch.float16),
+            "average": AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True),
+        }
+        self.recipe = {
+            "network": type(model).__name__, "data": data.title, "images": len(loader.dataset), "epochs": epochs,
+            "batch_size": loader.batch_size, "max_lr": max_lr, "weight_decay": weight_decay, "averaging decay": decay,
+            "augmentations": str(data.transform).splitlines(), "seed": data.seed, "layers": str(model).splitlines(),
+        }
+        self.history = {name: [] for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")}
+        self.begun = Counter()  # what there is of the epoch that has begun
+        self.order = loader.sampler.generator.get_state()  # from which that epoch, or the next one, is shuffled
+
+    def steps_done(self):
+        return self.parts["scheduler"].last_epoch
+
+    def average_weights(self):
+        """Take the weights behind a step into the average, in the second half of the run."""
+        if self.steps_done() > self.steps / 2:
+            self.parts["average"].update_parameters(self.parts["model"])
+
+    def result(self):
+        """Return the network with the averaged weights, or as it is as long as there are none."""
+        average = self.parts["average"]
+        return average.module if average.n_averaged else self.parts["model"]
+
+    def train_epoch(self, test_loader, on_step):
+        """Train one epoch, or the rest of the one that has begun, and test; return its row of the history."""
+        self.start, self.order = time.perf_counter() - self.begun["seconds"], self.loader.sampler.generator.get_state()
+        parts = (self.parts[name] for name in ("optimizer", "scheduler", "scaler"))
+        losses = train(self.parts["model"], self.loader, *parts, on_step, self.begun)
+        row = *losses, *test(self.result(), test_loader), time.perf_counter() - self.start
+        if not np.isfinite(row).all():  # the last step of the epoch spoilt the weights
+            raise FloatingPointError(f"after its last step: the loss is {row[2]}")
+        for column, value in zip(self.history.values(), row):
+            column.append(value)
+        self.begun, self.order = Counter(), self.loader.sampler.generator.get_state()
+        return row
+
+    def stop(self, at_a_step):
+        """Keep what can be kept at an interrupt, the epoch that has begun only behind a whole step; say what it is."""
+        self.loader._iterator = None  # the next run starts new workers
+        if not self.checkpoint:
+            return "nothing is kept"
+        kept = f"{len(self.history['seconds'])} epochs are"
+        if at_a_step:
+            self.begun["seconds"] = time.perf_counter() - self.start
+            self.write()
+            kept = f"{self.begun['batches']} of {len(self.loader)} batches; everything is"
+        return f"{kept} kept in {self.checkpoint}: run again to go on"
+
+    def write(self):
+        """Write the checkpoint, if there is to be one; the one before it stays until then, and after."""
+        if not self.checkpoint:
+            return
+        path, state = Path(self.checkpoint), {name: part.state_dict() for name, part in self.parts.items()}
+        state.update(recipe=self.recipe, history=self.history, begun=dict(self.begun), random=_random_state(self.order))
+        try:
+            _replace(path, _serialised(state), keep=_previous(path))
+        except OSError as error:
+            print(f"{path} could not be written ({error.strerror}): training goes on, and the checkpoint before it is "
+                  "kept; make room to keep the next epochs", flush=True)
+
+    def resume(self):
+        """Put the state of the checkpoint, if there is one yet, back in its places."""
+        path, state = self.checkpoint, _read_checkpoint(self.checkpoint)
+        if state is None:
+            return
+        differences = [_difference(name, state["recipe"].get(name), value) for name, value in self.recipe.items()
+                       if state["recipe"].get(name) != value]
+        if differences:
+            raise ValueError(f"{path} is of another run ({'; '.join(differences)}): choose another path, "
+                             "or restart=True to start afresh")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        _set_random_state(self.loader, state["random"])
+        self.history, self.begun = state["history"], Counter(state["begun"])
+        done = len(self.history["seconds"])
+        going_on = f"going on with epoch {done + 1}" + (f", batch {self.begun['batches'] + 1}" if self.begun else "")
+        print(f"{path}: {'finished before, loaded' if done == self.recipe['epochs'] else going_on}")
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -281,18 +373,6 @@ def load_history(checkpoint):
     if state is None:
         raise FileNotFoundError(f"{checkpoint} is not there: no epoch was finished with it")
     return state["history"]
-
-
-def _write_checkpoint(path, recipe, parts, loader, history):
-    """Write everything that the rest of the run depends on; the checkpoint before it stays until then, and after."""
-    path = Path(path)
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state.update(recipe=recipe, history=history, random=_random_state(loader))
-    try:
-        _replace(path, _serialised(state), keep=_previous(path))
-    except OSError as error:
-        print(f"{path} could not be written ({error.strerror}): training goes on, and the checkpoint before it is "
-              "kept; make room to keep the next epochs", flush=True)
 
 
 def _previous(path):
@@ -325,25 +405,6 @@ def _read_checkpoint(path):
     return None
 
 
-def _resume(path, recipe, parts, loader):
-    """Put the state of a checkpoint back in its places and return its history, or None if there is none yet."""
-    state = _read_checkpoint(path)
-    if state is None:
-        return None
-    differences = [_difference(name, state["recipe"].get(name), value) for name, value in recipe.items()
-                   if state["recipe"].get(name) != value]
-    if differences:
-        raise ValueError(f"{path} is of another run ({'; '.join(differences)}): choose another path, "
-                         "or restart=True to start afresh")
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    _set_random_state(loader, state["random"])
-    done = len(state["history"]["seconds"])
-    finished = done == recipe["epochs"]
-    print(f"{path}: {'finished before, loaded' if finished else f'going on with epoch {done + 1}'}")
-    return state["history"]
-
-
 def _difference(name, there, here):
     """Say how a setting differs; of lists of lines, where they begin to."""
     if isinstance(there, list) and isinstance(here, list):
@@ -352,12 +413,12 @@ def _difference(name, there, here):
     return f"{name}: {there} there, {here} here"
 
 
-def _random_state(loader):
+def _random_state(order):
     """Return the states of all random generators. Augmentations have none: the batch's indices seed them."""
     name, keys, *rest = np.random.get_state()
     return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "order": loader.sampler.generator.get_state()}
+            "order": order}
 
 
 def _set_random_state(loader, state):
@@ -367,6 +428,27 @@ def _set_random_state(loader, state):
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
     loader.sampler.generator.set_state(state["order"])
+
+
+@contextlib.contextmanager
+def _interrupts_noted():
+    """Write an interrupt into a list instead of raising it anywhere within a step; a second one is raised at once."""
+    def note(signal_number, frame):
+        interrupts.append(signal_number)
+        if len(interrupts) > 1:
+            raise KeyboardInterrupt
+
+    interrupts = []
+    if threading.current_thread() is not threading.main_thread():  # others get no interrupts
+        yield interrupts
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if interrupts:  # it came after the last step
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -390,8 +472,8 @@ def _alone(path):
         yield
 
 
-def run(network="NetDilated", data="CIFAR-10", epochs=40, batch_size=256, max_lr=0.3, weight_decay=5e-4,
-        augmentation=0.25, seed=0, num_workers=None, validation_size=0, device=None, checkpoint=None, restart=False,
+def run(network="NetDilated", data="CIFAR-10", epochs=50, batch_size=256, max_lr=0.3, weight_decay=5e-4,
+        augmentation=0.5, seed=0, num_workers=None, validation_size=0, device=None, checkpoint=None, restart=False,
         folder="weights"):
     """Train one network from scratch, save it with its facts in `folder`, and return the model and the facts.
 
@@ -439,7 +521,13 @@ def save(model, history, settings, data, folder="weights"):
     }
     _replace(folder / f"{name}.pt", _serialised({key: value.cpu() for key, value in model.state_dict().items()}))
     facts["sha256"] = _sha256(folder / f"{name}.pt")
-    _replace(folder / f"{name}.json", (json.dumps(facts, indent=1) + "\n").encode())
+    return add_facts(facts, folder)
+
+
+def add_facts(facts, folder="weights", **more):
+    """Add what was measured since to the facts of a saved network, in their file as well; return them all."""
+    facts = {**facts, **more}
+    _replace(Path(folder) / f"{facts['network']}.json", (json.dumps(facts, indent=1) + "\n").encode())
     return facts
 
 
@@ -786,24 +874,24 @@ def _plot_curves(history, name, unit, path, data):
     for split, colour, style in (("train", BLUE, "--"), ("test", ORANGE, "-")):
         values = history[f"{split}_{name}"]
         axis.plot(range(1, len(values) + 1), values, style, color=colour, marker="o", markersize=3,
-                  label=f"{split} (augmented)" if split == "train" else split)
-        axis.annotate(f"{values[-1]:.4g}", (len(values), values[-1]), color=colour, fontsize=10,
-                      xytext=(6, 0), textcoords="offset points", va="center")
+                  label=f"{split}{' (augmented)' if split == 'train' else ''}: {values[-1]:.4g} in the end")
     axis.set(xlabel="epoch", ylabel=unit, title=f"{name.capitalize()} on {data}")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.margins(x=0.08)
     axis.grid(alpha=0.3)
     axis.legend()
     return _finish(figure, path)
 
 
-def plot_misclassified(dataset, logits, path, rows=3, columns=8):
-    """Draw the first test images that the (N, classes) logits get wrong, with the predicted class, its probability
-    and the true class; save to `path`, return the figure."""
+def plot_misclassified(dataset, logits, path, rows=3, columns=8, most_confident=False):
+    """Draw the first test images that the (N, classes) logits get wrong, or the most confidently wrong ones, with the
+    predicted class, its probability and the true class; save to `path`, return the figure."""
     base = _base(dataset)
     labels = torch.tensor(base.targets)
     confidence, predicted = logits.softmax(1).max(1)
-    wrong = (predicted != labels).nonzero().flatten().tolist()
+    wrong = (predicted != labels).nonzero().flatten()
+    if most_confident:
+        wrong = wrong[confidence[wrong].argsort(descending=True)]
+    wrong = wrong.tolist()
     figure, axes = plt.subplots(rows, columns, figsize=(10, 1.6 * rows + 0.4), layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
@@ -812,7 +900,8 @@ def plot_misclassified(dataset, logits, path, rows=3, columns=8):
         axis.set_title(f"{base.classes[predicted[index]]} {confidence[index]:.0%}", fontsize=9, color=ORANGE, pad=3)
         axis.text(0.5, -0.04, f"is {base.classes[labels[index]]}", fontsize=9, color=BLUE, ha="center", va="top",
                   transform=axis.transAxes)
-    figure.suptitle(f"{base.title}: {len(wrong):,} of {len(labels):,} test images are misclassified; the first of them")
+    figure.suptitle(f"{base.title}: {len(wrong):,} of {len(labels):,} test images are misclassified; the "
+                    f"{'most confident' if most_confident else 'first'} of them")
     return _finish(figure, path)
 
 
@@ -846,6 +935,38 @@ def plot_confusion(dataset, logits, path):
     axis.set_xticks(range(len(counts)), base.classes, rotation=45, ha="right")
     axis.set_yticks(range(len(counts)), base.classes)
     axis.set(xlabel="predicted", ylabel="true", title=f"{base.title}: of each true class, % predicted as")
+    return _finish(figure, path)
+
+
+def plot_reliability(dataset, logits, path, bins=15):
+    """Draw the accuracy over the confidence of (N, classes) logits in bins of equal width, which is the diagonal where
+    probabilities are right, with the `calibration_error`; save to `path`, return the figure."""
+    base = _base(dataset)
+    confidence, predicted = logits.softmax(1).max(1)
+    confidence, right = confidence.double().numpy(), (predicted == torch.tensor(base.targets)).numpy()
+    places = np.minimum((confidence * bins).astype(int), bins - 1)
+    used = np.unique(places)
+    accuracy, mean = ([100 * values[places == place].mean() for place in used] for values in (right, confidence))
+    figure, axis = plt.subplots(figsize=(6, 4.6), layout="constrained")
+    axis.bar((used + 0.5) * 100 / bins, accuracy, 90 / bins, color=BLUE, alpha=0.35)
+    axis.plot([0, 100], [0, 100], color="grey", linestyle="--", label="probabilities that are right")
+    axis.plot(mean, accuracy, "o", color=BLUE, label="accuracy of the images in a bin")
+    axis.set(xlabel="confidence, %", ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 103),
+             title=f"{base.title}: calibration error {calibration_error(dataset, logits):.1f} %")
+    axis.legend(loc="upper left")
+    return _finish(figure, path)
+
+
+def plot_corruptions(accuracies, path, data="CIFAR-10"):
+    """Draw the lists of accuracies of `accuracy_under_corruptions` over the strength; save to `path`, return the
+    figure."""
+    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for (name, values), colour, marker in zip(accuracies.items(), COLOURS, "osD^v"):
+        axis.plot(range(len(values)), values, color=colour, marker=marker, markersize=5, label=name)
+    axis.set(xlabel="strength of the corruption", ylabel="accuracy, %", xticks=range(len(values)),
+             title=f"Accuracy on corrupted {data}")
+    axis.grid(alpha=0.3)
+    axis.legend()
     return _finish(figure, path)
 
 
@@ -896,6 +1017,27 @@ def accuracy_by_class(dataset, logits):
             for number, name in enumerate(base.classes)}
 
 
+def calibration_error(dataset, logits, bins=15):
+    """Return the expected calibration error of (N, classes) logits in percent: how far confidence and accuracy are
+    apart, the mean over bins of confidence. Guo et al., https://arxiv.org/abs/1706.04599."""
+    labels = torch.tensor(_base(dataset).targets)
+    return 100 * multiclass_calibration_error(logits.softmax(1), labels, logits.shape[1], bins).item()
+
+
+def accuracy_under_corruptions(model, dataset, images=2000):
+    """Return lists of the accuracy in percent on the first test images, clean and corrupted at five strengths, by the
+    name of the corruption. After Hendrycks and Dietterich, https://arxiv.org/abs/1903.12261."""
+    images = range(min(images, len(dataset)))
+    clean = test(model, make_loader(Subset(dataset, images), min(500, len(images))))[1]
+    accuracies = {name: [clean] for name in CORRUPTIONS}
+    corrupted = copy.copy(dataset)
+    for name, transforms in CORRUPTIONS.items():
+        for transform in transforms:
+            corrupted.transform = A.Compose([transform])
+            accuracies[name].append(test(model, make_loader(Subset(corrupted, images), min(500, len(images))))[1])
+    return accuracies
+
+
 def _base(dataset):
     return getattr(dataset, "dataset", dataset)  # a Subset keeps its data set in `dataset`
 
@@ -906,11 +1048,15 @@ def _show(axis, image):
 
 
 def _finish(figure, path):
-    """Save the figure and return it closed, so that a notebook shows it once."""
+    """Save the figure and return it closed, so that a notebook shows it once: as it is in the file, its titles as the
+    alternative text."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100, format="png")
+    png = buffer.getvalue()
+    alt = ", ".join(filter(None, [figure.get_suptitle(), *(axis.get_title() for axis in figure.axes[:12])]))
+    figure._repr_mimebundle_ = lambda include=None, exclude=None: ({"image/png": png}, {"image/png": {"alt": alt}})
     try:
-        _replace(Path(path), buffer.getvalue())
+        _replace(Path(path), png)
     except OSError as error:
         print(f"{path} could not be written ({error.strerror}): the figure is only shown; make room or choose another "
               "folder to keep it")

@@ -3,9 +3,11 @@
 As a script, `python tests/test_recovery.py` kills twenty runs and says how many survived.
 """
 import contextlib
+import io
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -25,44 +27,53 @@ from dataset import load_dataset, make_loader
 PROCESSES = multiprocessing.get_context("spawn")  # nothing is shared but what the arguments say
 
 
-def work(folder, root, workers, again):
-    """A small training, whose output goes to a file; with `again`, `fit` is called anew after an interrupt."""
+def small_training(folder, root, workers=0, again=False):
+    """Train for five epochs of half a second, on one thread, and return the weights; with `again`, `fit` is called anew
+    after an interrupt."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    utils.seed_everything(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, 4), nn.BatchNorm2d(16), nn.SiLU(), nn.Dropout(0.1), nn.Flatten(),
+                          nn.Linear(1024, 10))
+    train_set = load_dataset("train", "built-in", validation_size=1300, root=root)  # 700 images
+    test_set = load_dataset("test", "built-in", root=root)
+    arguments = model, make_loader(train_set, 100, True, workers), make_loader(test_set, 500), 5, 0.05
+    try:
+        utils.fit(*arguments, device="cpu", checkpoint=folder / "checkpoint.pt")
+    except KeyboardInterrupt:
+        if not again:
+            raise
+        utils.fit(*arguments, device="cpu", checkpoint=folder / "checkpoint.pt")
+    finally:
+        torch.set_num_threads(threads)
+    return model.state_dict()
+
+
+def work(folder, *arguments):
+    """The small training in a process of its own; what it prints goes to a file."""
     os.setsid()
     os.environ["TQDM_DISABLE"] = "1"
     multiprocessing.set_start_method("fork", force=True)  # of the workers, as in any other process on Linux
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
-    torch.set_num_threads(1)
-    utils.seed_everything(0)
-    model = nn.Sequential(nn.Conv2d(3, 16, 3, 4), nn.BatchNorm2d(16), nn.SiLU(), nn.Dropout(0.1), nn.Flatten(),
-                          nn.Linear(1024, 10))
-    train_set = load_dataset("train", "built-in", validation_size=1300, root=root)  # 700 images: half a second an epoch
-    test_set = load_dataset("test", "built-in", root=root)
-    loaders = make_loader(train_set, 100, True, workers), make_loader(test_set, 500)
-    checkpoint = folder / "checkpoint.pt"
-    try:
-        utils.fit(model, *loaders, 5, 0.05, device="cpu", checkpoint=checkpoint)
-    except KeyboardInterrupt:
-        if not again:
-            raise
-        utils.fit(model, *loaders, 5, 0.05, device="cpu", checkpoint=checkpoint)
-    torch.save(model.state_dict(), folder / "result.pt")
+    torch.save(small_training(folder, *arguments), folder / "result.pt")
 
 
 class Run:
-    """A small training in a process of its own, in a folder of its own."""
+    """A small training in a folder of its own."""
 
     def __init__(self, folder, root, workers=0):
         self.folder, self.arguments, self.checkpoint = folder, (folder, root, workers), folder / "checkpoint.pt"
 
     def start(self, again=False):
+        """Start it in a process of its own."""
         (self.folder / "output.txt").unlink(missing_ok=True)
         process = PROCESSES.Process(target=work, args=(*self.arguments, again))
         process.start()
         return process
 
     def output(self, process):
-        """Wait for the end and return what was printed."""
+        """Wait for the end of the process and return what was printed."""
         process.join()
         return (self.folder / "output.txt").read_text()
 
@@ -75,10 +86,10 @@ class Run:
         raise AssertionError(f"ended without {line!r}: {self.output(process)}")
 
     def finish(self):
-        process = self.start()
-        output = self.output(process)
-        assert process.exitcode == 0, output
-        return output, torch.load(self.folder / "result.pt", weights_only=True)
+        """Run it to the end in this process; return what was printed, and the weights."""
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            weights = small_training(*self.arguments)
+        return output.getvalue(), weights
 
 
 @pytest.fixture(scope="module")
@@ -130,17 +141,33 @@ def test_a_finished_run_is_loaded(root, tmp_path, uninterrupted):
     assert "finished before, loaded" in output and equal(uninterrupted, weights)
 
 
-def test_an_interrupt_says_what_is_kept(root, tmp_path, uninterrupted):
+def test_an_interrupt_keeps_the_epoch_that_has_begun(root, tmp_path, uninterrupted):
     run = Run(tmp_path, root)
     process = run.start()
     run.wait_for(process, "    1  ")
+    time.sleep(0.1)
     os.kill(process.pid, signal.SIGINT)
     output = run.output(process)
     assert process.exitcode != 0
-    kept = len(utils.load_history(run.checkpoint)["test_accuracy"])
-    assert kept >= 1 and f"{kept} epochs are kept in {run.checkpoint}: run again to go on" in output
+    epoch, batches = map(int, re.search(r"interrupted in epoch (.*): (.*) of 7 batches; everything is kept", output).groups())
+    assert len(utils.load_history(run.checkpoint)["test_accuracy"]) == epoch - 1 >= 1
     output, weights = run.finish()
-    assert "going on with epoch" in output and equal(uninterrupted, weights)
+    assert f"going on with epoch {epoch}, batch {batches + 1}\n" in output and equal(uninterrupted, weights)
+
+
+def test_a_second_interrupt_does_not_wait_for_the_end_of_the_step(tmp_path):
+    class Slow(nn.Linear):
+        def forward(self, x):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("it waited")
+
+    loaders = make_loader(load_dataset("train", "built-in", root=tmp_path), 100, True, 0), []
+    with pytest.raises(KeyboardInterrupt):
+        utils.fit(nn.Sequential(nn.Flatten(), Slow(3072, 10)), *loaders, 1, device="cpu")
+    with pytest.raises(KeyboardInterrupt):  # as before
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
 
 
 def test_ctrl_c_reaches_every_process_and_the_same_cell_goes_on(root, tmp_path, uninterrupted):
@@ -182,12 +209,11 @@ def test_a_second_process_is_refused(root, tmp_path):
     first = run.start()
     run.wait_for(first, "seconds")
     os.kill(first.pid, signal.SIGSTOP)  # at work for as long as the second one needs to notice
-    second = run.start()
-    output = run.output(second)
+    refusal = f"another process is training with {run.checkpoint}: wait for it, stop it, or choose another folder"
+    with pytest.raises(RuntimeError, match=f"^{re.escape(refusal)}$"):
+        run.finish()
     os.killpg(first.pid, signal.SIGKILL)
     first.join()
-    assert second.exitcode and output.splitlines()[-1].endswith(
-        f"another process is training with {run.checkpoint}: wait for it, stop it, or choose another folder")
     assert run.finish()  # the lock ended with the process
 
 
@@ -204,7 +230,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(root, tmp_
         for path in disk.iterdir():
             path.unlink()
         (disk / "ballast").write_bytes(bytes(2**20 - int(1.5 * size)))  # room for one checkpoint, not for two
-        output = run.output(run.start())
+        output, _ = run.finish()
         assert "could not be written (No space left on device): training goes on" in output
         assert len(utils.load_history(run.checkpoint)["seconds"]) == 1 and "    5  " in output
         (disk / "ballast").unlink()
@@ -242,7 +268,7 @@ def test_a_checkpoint_folder_that_cannot_be_written_is_named_before_work_begins(
 
 def main(kills=20):
     """Kill `kills` runs, each once, resume them, and count those that end with the weights of an uninterrupted one."""
-    survived = 0
+    survived, os.environ["TQDM_DISABLE"] = 0, "1"
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         (folder / "whole").mkdir()

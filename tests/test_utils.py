@@ -1,7 +1,10 @@
 """Training, the rules, saving and the figures."""
+import contextlib
 import errno
 import json
+import os
 import pickle
+import signal
 from pathlib import Path
 
 import albumentations as A
@@ -14,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import utils
-from dataset import load_dataset, make_loader, test_transform as plain_transform, train_transform
+from dataset import load_dataset, make_loader, normalise, test_transform as plain_transform, train_transform
 from model import NetDilated, Unit, conv
 
 
@@ -45,6 +48,23 @@ def fit_tiny(root, epochs=3, **arguments):
     utils.seed_everything(0)
     model = Tiny()
     return model, utils.fit(model, *loaders(root), epochs, device="cpu", **arguments)
+
+
+@contextlib.contextmanager
+def after_step(number, action):
+    """Call `action(model)` after each step of that number in a whole run, or after every one if None."""
+    train = utils.train
+
+    def watched(model, loader, optimizer, scheduler, scaler, on_step, begun):
+        def step():
+            if number in (None, scheduler.last_epoch):
+                action(model)
+            on_step()
+        return train(model, loader, optimizer, scheduler, scaler, step, begun)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "train", watched)
+        yield
 
 
 def state(model):
@@ -104,6 +124,13 @@ def test_weights_decay_but_not_norms_and_biases():
     assert len(decayed["params"]) + len(others["params"]) == len(list(NetDilated().parameters()))
 
 
+@pytest.mark.parametrize("flags, dtype", [("avx2", None), ("avx512_bf16", None), ("avx512_bf16 amx_bf16", torch.bfloat16)])
+def test_a_cpu_trains_in_bf16_where_it_multiplies_matrices_in_it(flags, dtype, monkeypatch):
+    monkeypatch.setattr(utils, "_cpuinfo", lambda: f"flags\t\t: fpu {flags}\n")
+    assert utils.mixed_precision(torch.device("cpu")) is dtype
+    assert utils.mixed_precision(torch.device("mps")) is None and utils.mixed_precision(torch.device("cuda")) is torch.float16
+
+
 IMPOSSIBLE = {
     "network": ["ResNet", 3, None, []], "data": ["MNIST", None, {}], "epochs": [0, -1, 1.5, "3", True, None],
     "batch_size": [0, 2.0, "256"], "max_lr": [0, -0.1, float("nan"), float("inf"), "0.1", True],
@@ -160,34 +187,14 @@ def spoil(model):
         model.layers[0].weight.fill_(float("nan"))
 
 
-@pytest.mark.parametrize("moment, text", [("step 4", "step 4: the loss is nan at learning rate"),
-                                          ("end", "after its last step: the loss is nan")])
-def test_a_loss_that_turns_nan_keeps_the_last_good_checkpoint(moment, text, root, tmp_path, monkeypatch):
-    """The weights are spoilt in epoch 3, before its fourth step or after its last one."""
-    train, epochs = utils.train, []
-
-    def train_and_spoil(model, *arguments):
-        epochs.append(len(epochs) + 1)
-        steps = []
-
-        def count(*_):
-            steps.append(len(steps) + 1)
-            if (epochs[-1], steps[-1], moment) == (3, 4, "step 4"):
-                spoil(model)
-
-        hook = model.register_forward_pre_hook(count)
-        result = train(model, *arguments)
-        hook.remove()
-        if epochs[-1] == 3:
-            spoil(model)
-        return result
-
+@pytest.mark.parametrize("after, text", [(43, "step 4: the loss is nan at learning rate"),
+                                         (60, "after its last step: the loss is nan")])
+def test_a_loss_that_turns_nan_keeps_the_last_good_checkpoint(after, text, root, tmp_path):
+    """The weights are spoilt in epoch 3 (of 20 steps each), by its third or by its last step."""
     checkpoint = tmp_path / "checkpoint.pt"
-    monkeypatch.setattr(utils, "train", train_and_spoil)
-    with pytest.raises(FloatingPointError, match=f"^epoch 3, {text}.*: try a max_lr below 0.1$"):
+    with after_step(after, spoil), pytest.raises(FloatingPointError, match=f"^epoch 3, {text}.*: try a max_lr below 0.1$"):
         fit_tiny(root, 4, max_lr=0.1, checkpoint=checkpoint)
     assert len(utils.load_history(checkpoint)["seconds"]) == 2
-    monkeypatch.setattr(utils, "train", train)
     assert equal(state(fit_tiny(root, 4, max_lr=0.1, checkpoint=checkpoint)[0]), state(fit_tiny(root, 4, max_lr=0.1)[0]))
 
 
@@ -201,27 +208,30 @@ def test_too_little_gpu_memory_names_the_batch_size_and_a_smaller_one(root):
         utils.fit(Huge(), *loaders(root), 1, device="cpu")
 
 
-def test_an_interrupted_run_goes_on_to_the_same_weights(root, tmp_path, monkeypatch):
-    whole, history = fit_tiny(root, 4)
-
-    class Interrupt(Exception):
-        pass
-
-    write = utils._write_checkpoint
-
-    def write_and_stop(path, recipe, parts, loader, history):
-        write(path, recipe, parts, loader, history)
-        if len(history["seconds"]) == 2:
-            raise Interrupt
-
-    checkpoint = tmp_path / "new" / "checkpoint.pt"
-    monkeypatch.setattr(utils, "_write_checkpoint", write_and_stop)
-    with pytest.raises(Interrupt):
-        fit_tiny(root, 4, checkpoint=checkpoint)
-    monkeypatch.setattr(utils, "_write_checkpoint", write)
-    resumed, resumed_history = fit_tiny(root, 4, checkpoint=checkpoint)
+def test_an_interrupt_at_any_step_is_gone_on_from_to_the_same_weights(root, tmp_path):
+    """An epoch has 20 batches. The interrupts come in its first, middle and last one, and again in the next epoch."""
+    whole, history = fit_tiny(root, 2)
+    checkpoint = tmp_path / "checkpoint.pt"
+    for stop in (1, 10, 20, 21, 35):
+        with after_step(stop, lambda model: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(KeyboardInterrupt):
+            fit_tiny(root, 2, checkpoint=checkpoint)
+    resumed, resumed_history = fit_tiny(root, 2, checkpoint=checkpoint)
     assert equal(state(whole), state(resumed))
-    assert history["test_loss"] == resumed_history["test_loss"]
+    assert history["train_loss"] == resumed_history["train_loss"] and history["test_loss"] == resumed_history["test_loss"]
+
+
+def test_the_weights_are_averaged_in_the_second_half(root, tmp_path):
+    """Recomputed from the weights after every step."""
+    after = []
+    with after_step(None, lambda model: after.append(state(model))):
+        model, history = fit_tiny(root, 2)
+    first, *others = after[20:]
+    averaged = {key: value for key, value in first.items() if value.is_floating_point()}  # the rest counts batches
+    for other in others:
+        averaged = {key: value.lerp(other[key], 20 / 40) for key, value in averaged.items()}
+    for key, value in averaged.items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+    assert utils.test(model, loaders(root)[1]) == (history["test_loss"][-1], history["test_accuracy"][-1])
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_name(root, tmp_path):
@@ -238,8 +248,8 @@ def test_a_checkpoint_of_other_layers_or_augmentations_is_refused_with_the_first
     wider.layers[0].stride = (1, 1)  # the same parameters, another network
     with pytest.raises(ValueError, match=r"layers: \(0\): Conv2d.*stride=\(2, 2\).* there, .*stride=\(1, 1\).* here"):
         utils.fit(wider, *loaders(root), 1, device="cpu", checkpoint=checkpoint)
-    train_set = load_dataset("train", "built-in", transform=train_transform(0.5), root=root)
-    with pytest.raises(ValueError, match=r"augmentations: ShiftScaleRotate\(p=0.25.* there, ShiftScaleRotate\(p=0.5"):
+    train_set = load_dataset("train", "built-in", transform=train_transform(0.25), root=root)
+    with pytest.raises(ValueError, match=r"augmentations: ShiftScaleRotate\(p=0.5.* there, ShiftScaleRotate\(p=0.25"):
         utils.fit(Tiny(), make_loader(train_set, 100, True, 0), loaders(root)[1], 1, device="cpu", checkpoint=checkpoint)
     assert checkpoint.read_bytes() == written
 
@@ -272,7 +282,7 @@ def test_run_is_the_whole_experiment(root, tmp_path, monkeypatch):
     monkeypatch.setenv("CIFAR10_ROOT", str(root))
     monkeypatch.setitem(utils.build_network.__globals__["NETWORKS"], "Tiny", lambda classes: Tiny())
     model, facts = utils.run("Tiny", "built-in", 2, 100, 0.1, num_workers=0, validation_size=400, folder=tmp_path)
-    assert facts["settings"] == {"epochs": 2, "batch_size": 100, "max_lr": 0.1, "weight_decay": 5e-4, "augmentation": 0.25,
+    assert facts["settings"] == {"epochs": 2, "batch_size": 100, "max_lr": 0.1, "weight_decay": 5e-4, "augmentation": 0.5,
                                  "seed": 0, "validation_size": 400}
     validation = make_loader(load_dataset("validation", "built-in", 400), 400)
     assert (facts["test_loss"], facts["test_accuracy"]) == pytest.approx(utils.test(model, validation))
@@ -443,6 +453,13 @@ def test_a_run_saved_again_keeps_its_facts_unless_a_file_is_harmed(tmp_path, mon
     assert utils.save(model, other, {"epochs": 2}, "nothing", tmp_path)["history"] == other
 
 
+def test_facts_are_added_and_kept_when_the_run_is_saved_again(tmp_path):
+    model = NetDilated()
+    facts = utils.add_facts(utils.save(model, HISTORY, {"epochs": 2}, "nothing", tmp_path), tmp_path, calibration_error=1.5)
+    assert facts["calibration_error"] == 1.5 and facts["test_accuracy"] == 65.0
+    assert utils.load("NetDilated", tmp_path)[1] == facts == utils.save(model, HISTORY, {"epochs": 2}, "nothing", tmp_path)
+
+
 def test_weights_and_facts_of_different_runs_are_told_apart(tmp_path):
     for folder in ("one", "other"):
         utils.save(NetDilated(), HISTORY, {"epochs": 2}, "nothing", tmp_path / folder)
@@ -487,6 +504,9 @@ def test_figures_are_written_and_say_whose_data_they_show(root, tmp_path):
         assert any("NOT CIFAR-10" in title for title in titles)
         assert np.asarray(Image.open(tmp_path / "img" / f"{name}.png").convert("L")).std() > 5  # not blank
         assert Image.open(tmp_path / "img" / f"{name}.png").width >= 800
+        shown, about = figure._repr_mimebundle_()
+        assert shown["image/png"] == (tmp_path / "img" / f"{name}.png").read_bytes()
+        assert "NOT CIFAR-10" in about["image/png"]["alt"]
 
 
 def test_misclassified_shows_prediction_confidence_and_truth(root, tmp_path):
@@ -509,6 +529,65 @@ def test_accuracy_by_class(root):
     logits = F.one_hot(torch.where(labels == 4, 5, labels), 10).float()
     accuracies = utils.accuracy_by_class(test_set, logits)
     assert accuracies == {name: 0.0 if name == test_set.classes[4] else 100.0 for name in test_set.classes}
+
+
+def test_the_most_confident_mistakes_come_first(root, tmp_path):
+    test_set = load_dataset("test", "built-in", root=root)
+    labels = torch.tensor(test_set.targets)
+    logits = 9.0 * F.one_hot(labels, 10)
+    for index, height in ((7, 2), (8, 5), (9, 3)):
+        logits[index] = torch.eye(10)[(labels[index] + 1) % 10] * height
+    figure = utils.plot_misclassified(test_set, logits, tmp_path / "wrong.png", most_confident=True)
+    for axis, index in zip(figure.axes, (8, 9, 7)):
+        assert (axis.images[0].get_array() == test_set.data[index]).all()
+
+
+def confident(dataset, confidence, right):
+    """Logits whose likeliest class has that probability, and is the true one for the first `right` of the images."""
+    labels = torch.tensor(dataset.targets)
+    labels[right:] = (labels[right:] + 1) % 10
+    return torch.where(F.one_hot(labels, 10).bool(), confidence, (1 - confidence) / 9).log()
+
+
+def test_calibration_error_is_the_distance_between_confidence_and_accuracy(root, tmp_path):
+    test_set = load_dataset("test", "built-in", root=root)
+    assert utils.calibration_error(test_set, confident(test_set, 0.9, 450)) == pytest.approx(0, abs=1e-3)
+    assert utils.calibration_error(test_set, confident(test_set, 0.9, 300)) == pytest.approx(30, abs=1e-3)
+    figure = utils.plot_reliability(test_set, confident(test_set, 0.9, 300), tmp_path / "reliability.png")
+    (axis,), (_, points) = figure.axes, figure.axes[0].lines
+    assert "error 30.0 %" in axis.get_title() and (tmp_path / "reliability.png").exists()
+    assert list(points.get_xdata()) == pytest.approx([90]) and list(points.get_ydata()) == pytest.approx([60])
+
+
+def test_corruptions_harm_more_with_their_strength(root):
+    image = load_dataset("test", "built-in", root=root).data[0]
+    for name, transforms in utils.CORRUPTIONS.items():
+        harm = [np.abs(A.Compose([step], seed=0)(image=image)["image"].astype(float) - image).mean() for step in transforms]
+        assert len(harm) == 5 and 0 < harm[0] and (np.diff(harm) > 0).all(), name
+
+
+def test_accuracy_under_corruptions_is_of_corrupted_images(root, tmp_path):
+    class Brightness(nn.Module):
+        """Calls every image that is brighter than its data set's mean of the clean ones of class 1."""
+
+        def __init__(self, dataset):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+            self.limit = normalise(dataset.data).mean()
+
+        def forward(self, x):
+            bright = (x.mean((1, 2, 3)) > self.limit + 0.5).long()
+            return F.one_hot(bright, 10).float()
+
+    test_set = load_dataset("test", "built-in", root=root)
+    clean = test_set.transform
+    accuracies = utils.accuracy_under_corruptions(Brightness(test_set), test_set, 200)
+    assert list(accuracies) == list(utils.CORRUPTIONS) and test_set.transform is clean
+    assert len({values[0] for values in accuracies.values()}) == 1 and all(len(values) == 6 for values in accuracies.values())
+    assert accuracies["brightness"][5] != accuracies["brightness"][0]
+    figure = utils.plot_corruptions(accuracies, tmp_path / "corruptions.png", test_set.title)
+    drawn = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+    assert drawn == accuracies and "NOT CIFAR-10" in figure.axes[0].get_title()
 
 
 def test_the_figure_of_the_receptive_field_outlines_what_the_gradients_reach(root, tmp_path):
