@@ -89,3 +89,10 @@ def test_notebook_was_run_from_top_to_bottom_and_shows_the_facts():
     text = "".join("".join(output.get("text", "")) for output in outputs)
     facts = utils.load_facts("NetDilated", HERE / "weights")
     assert f"CIFAR-10: test accuracy {facts['test_accuracy']:.2f} %" in text
+
+
+def test_every_figure_in_the_notebook_has_an_alternative_text_and_the_notebook_is_small():
+    text = (HERE / "S9.ipynb").read_text()
+    outputs = [output for cell in json.loads(text)["cells"] for output in cell.get("outputs", [])]
+    alternatives = [output["metadata"]["image/png"]["alt"] for output in outputs if "image/png" in output.get("data", {})]
+    assert len(alternatives) >= 8 and all(alternatives) and len(text) < 2_000_000
