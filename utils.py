@@ -222,7 +222,8 @@ ROW = "{:5d}  {:10.4f}  {:11.2f}  {:9.4f}  {:10.2f}  {:7.1f}"
 
 def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4, device=None, checkpoint=None,
         restart=False):
-    """Train with a one-cycle schedule and return the history: a list for each column, an entry for each epoch.
+    """Train with a one-cycle schedule and return the history: a list for each column, an entry for each epoch. The
+    loaders are those of `make_loader`, the first one shuffled.
 
     Smith and Topin, Super-convergence, https://arxiv.org/abs/1708.07120: the learning rate rises to `max_lr` over
     the first quarter of the steps and falls to nearly zero. In the second half the weights are averaged, each step
@@ -241,6 +242,8 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
         FloatingPointError: the loss is no longer finite.
     """
     check_settings(epochs=epochs, max_lr=max_lr, weight_decay=weight_decay, checkpoint=checkpoint, restart=restart)
+    require("train_loader", train_loader, "one of make_loader(dataset, shuffle=True)",
+            getattr(train_loader.sampler, "generator", None) is not None)
     device = pick_device(device)
     model.to(device, memory_format=torch.channels_last)
     run = _Run(model, train_loader, epochs, max_lr, weight_decay, checkpoint)

@@ -177,6 +177,12 @@ def test_fit_refuses_impossible_settings(root):
             utils.fit(Tiny(), *loaders(root), **arguments)
 
 
+def test_fit_refuses_a_loader_whose_order_it_could_not_restore(root):
+    for loader in (loaders(root)[1], DataLoader(load_dataset("train", "built-in", root=root), 100, shuffle=True)):
+        with pytest.raises(ValueError, match=r"train_loader is .*: choose one of make_loader\(dataset, shuffle=True\)"):
+            utils.fit(Tiny(), loader, loaders(root)[1], 1)
+
+
 def test_a_loss_that_is_not_finite_stops_the_training(root):
     with pytest.raises(FloatingPointError, match=r"epoch 1, step \d+: the loss is (nan|inf) at learning rate .*: try a max_lr below 1e"):
         fit_tiny(root, max_lr=1e30)
