@@ -226,10 +226,9 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
     loaders are those of `make_loader`, the first one shuffled.
 
     Smith and Topin, Super-convergence, https://arxiv.org/abs/1708.07120: the learning rate rises to `max_lr` over
-    the first quarter of the steps and falls to nearly zero. In the second half the weights are averaged, each step
-    weighing less by a factor (Polyak averaging), over about a twentieth of the run: from then on that average is what
-    is tested, and in the end what `model` holds. The test set is only looked at, never chosen on: the last epoch is
-    the result.
+    the first quarter of the steps and falls to nearly zero. In the second half an exponential moving average of the
+    weights is kept, over about a twentieth of the run: from then on it is what is tested, and in the end what `model`
+    holds. The test set is only looked at, never chosen on: the last epoch is the result.
 
     With a `checkpoint` path, the whole state is written there after every epoch and at an interrupt, which waits for
     the end of a step (a second one does not). A run that was interrupted or killed goes on from it, to the same weights
