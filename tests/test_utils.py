@@ -574,7 +574,7 @@ def test_corruptions_harm_more_with_their_strength(root):
 
 def test_accuracy_under_corruptions_is_of_corrupted_images(root, tmp_path):
     class Brightness(nn.Module):
-        """Calls every image that is brighter than its data set's mean of the clean ones of class 1."""
+        """Says class 1 of every image that is clearly brighter than the clean ones are on average, else class 0."""
 
         def __init__(self, dataset):
             super().__init__()
