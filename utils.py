@@ -330,7 +330,7 @@ class _Run:
         if not self.checkpoint:
             return "nothing is kept"
         kept = f"{len(self.history['seconds'])} epochs are"
-        if at_a_step:
+        if at_a_step and all(weights.isfinite().all() for weights in self.parts["model"].parameters()):
             self.begun["seconds"] = time.perf_counter() - self.start
             self.write()
             kept = f"{self.begun['batches']} of {len(self.loader)} batches; everything is"

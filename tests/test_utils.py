@@ -204,6 +204,18 @@ def test_a_loss_that_turns_nan_keeps_the_last_good_checkpoint(after, text, root,
     assert equal(state(fit_tiny(root, 4, max_lr=0.1, checkpoint=checkpoint)[0]), state(fit_tiny(root, 4, max_lr=0.1)[0]))
 
 
+def test_an_interrupt_keeps_no_spoilt_weights(root, tmp_path):
+    """The interrupt comes behind the very step that spoils them, before a loss could tell."""
+    def spoil_and_interrupt(model):
+        spoil(model)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    checkpoint = tmp_path / "checkpoint.pt"
+    with after_step(43, spoil_and_interrupt), pytest.raises(KeyboardInterrupt):
+        fit_tiny(root, 4, checkpoint=checkpoint)
+    assert equal(state(fit_tiny(root, 4, checkpoint=checkpoint)[0]), state(fit_tiny(root, 4)[0]))
+
+
 def test_too_little_gpu_memory_names_the_batch_size_and_a_smaller_one(root):
     """There is no small GPU to fill here, so the network itself raises what PyTorch would."""
     class Huge(Tiny):
