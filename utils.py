@@ -36,7 +36,8 @@ from model import (NETWORKS, build_network, count_macs, count_parameters, gradie
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks
+except ImportError:  # Windows
+    import msvcrt
     fcntl = None
 
 COLOURS = BLUE, ORANGE, *_ = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"  # Okabe and Ito: safe for all eyes
@@ -456,7 +457,7 @@ def _interrupts_noted():
 @contextlib.contextmanager
 def _alone(path):
     """Refuse a second process that would train with the same checkpoint. The lock ends with the process."""
-    if path is None or fcntl is None:
+    if path is None:
         yield
         return
     path = Path(path)
@@ -467,7 +468,10 @@ def _alone(path):
         raise RuntimeError(f"{path.parent} can't be written ({error.strerror}): choose another folder") from error
     with file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would hold that one too
+            if fcntl:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would hold that one too
+            else:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError as error:
             raise RuntimeError(f"another process is training with {path}: wait for it, stop it, "
                                "or choose another folder") from error

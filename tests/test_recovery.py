@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,6 +215,19 @@ def test_a_second_process_is_refused(root, tmp_path):
     os.killpg(first.pid, signal.SIGKILL)
     first.join()
     assert run.finish()  # the lock ended with the process
+
+
+def test_where_there_is_no_fcntl_the_lock_is_that_of_windows(tmp_path, monkeypatch):
+    """With a stand-in for Windows' msvcrt, which refuses a region that is locked through another handle."""
+    fcntl = pytest.importorskip("fcntl")
+    locking = lambda descriptor, mode, length: fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    monkeypatch.setattr(utils, "fcntl", None)
+    monkeypatch.setattr(utils, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=locking), raising=False)
+    for _ in range(2):  # it is free again afterwards
+        with utils._alone(tmp_path / "checkpoint.pt"):
+            with pytest.raises(RuntimeError, match="another process is training"):
+                with utils._alone(tmp_path / "checkpoint.pt"):
+                    pytest.fail("both are at work")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting needs root")
