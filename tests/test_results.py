@@ -1,12 +1,16 @@
 """What is committed: weights, facts, notebook and README have to tell the same story."""
+import contextlib
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torchvision
+from IPython.core.inputtransformer2 import TransformerManager
 
 import utils
 from dataset import MEAN, STD, data_folder, load_dataset, make_loader
@@ -96,3 +100,17 @@ def test_every_figure_in_the_notebook_has_an_alternative_text_and_the_notebook_i
     outputs = [output for cell in json.loads(text)["cells"] for output in cell.get("outputs", [])]
     alternatives = [output["metadata"]["image/png"]["alt"] for output in outputs if "image/png" in output.get("data", {})]
     assert len(alternatives) >= 8 and all(alternatives) and len(text) < 2_000_000
+
+
+@pytest.mark.parametrize("chosen, missing", [(("model.py", "dataset.py", "utils.py"), None),
+                                             (("utils.py",), "upload model.py, dataset.py to the folder"), ((), "upload")])
+def test_the_first_cell_asks_for_the_modules_in_colab(chosen, missing, tmp_path, monkeypatch):
+    """With a stand-in for Colab's upload button, which writes the files that were chosen."""
+    upload = lambda: [shutil.copy(HERE / name, tmp_path) for name in chosen]
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(files=SimpleNamespace(upload=upload)))
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    monkeypatch.chdir(tmp_path)
+    first = next(cell for cell in json.loads((HERE / "S9.ipynb").read_text())["cells"] if cell["cell_type"] == "code")
+    source = TransformerManager().transform_cell("".join(first["source"]))
+    with pytest.raises(FileNotFoundError, match=missing) if missing else contextlib.nullcontext():
+        exec(source, {})
