@@ -485,7 +485,8 @@ def run(network="NetDilated", data="CIFAR-10", epochs=50, batch_size=256, max_lr
 
     The whole experiment in one call, as the notebook does it step by step. `augmentation` is the probability that
     `train_transform` takes; the other settings are those of `fit`, `make_loader` and `load_dataset`. With a
-    `validation_size` the last training images take the place of the test set.
+    `validation_size` the last training images take the place of the test set, and the facts have the temperature that
+    fits them best.
     """
     settings = {"epochs": epochs, "batch_size": batch_size, "max_lr": max_lr, "weight_decay": weight_decay,
                 "augmentation": augmentation, "seed": seed, "validation_size": validation_size}
@@ -498,7 +499,10 @@ def run(network="NetDilated", data="CIFAR-10", epochs=50, batch_size=256, max_lr
     test_loader = make_loader(test_set, min(500, len(test_set)))
     model = build_network(network)
     history = fit(model, train_loader, test_loader, epochs, max_lr, weight_decay, device, checkpoint, restart)
-    return model, save(model, history, settings, title_of(test_set), folder)
+    facts = save(model, history, settings, title_of(test_set), folder)
+    if validation_size:
+        facts = add_facts(facts, folder, temperature=fit_temperature(*predict(model, test_loader)))
+    return model, facts
 
 
 def title_of(dataset):
@@ -1028,6 +1032,23 @@ def calibration_error(dataset, logits, bins=15):
     apart, the mean over bins of confidence. Guo et al., https://arxiv.org/abs/1706.04599."""
     labels = torch.tensor(_base(dataset).targets)
     return 100 * multiclass_calibration_error(logits.softmax(1), labels, logits.shape[1], bins).item()
+
+
+def fit_temperature(logits, labels):
+    """Return the number that (N, classes) logits have to be divided by for the probabilities that fit the (N,) labels
+    best, by cross entropy. They should be of images that the network was neither trained nor is tested on. Guo et al.,
+    https://arxiv.org/abs/1706.04599."""
+    logarithm = torch.zeros((), dtype=torch.float64, requires_grad=True)  # of a number that is above 0
+    optimizer = torch.optim.LBFGS([logarithm], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits / logarithm.exp(), labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return logarithm.exp().item()
 
 
 def accuracy_under_corruptions(model, dataset, images=2000):

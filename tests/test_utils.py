@@ -304,6 +304,9 @@ def test_run_is_the_whole_experiment(root, tmp_path, monkeypatch):
                                  "seed": 0, "validation_size": 400}
     validation = make_loader(load_dataset("validation", "built-in", 400), 400)
     assert (facts["test_loss"], facts["test_accuracy"]) == pytest.approx(utils.test(model, validation))
+    assert facts["temperature"] == utils.fit_temperature(*utils.predict(model, validation))
+    assert utils.load_facts("Tiny", tmp_path) == facts
+    assert "temperature" not in utils.run("Tiny", "built-in", 1, 100, 0.1, num_workers=0, folder=tmp_path)[1]
 
 
 # ---------------------------------------------------------------- the rules
@@ -575,6 +578,15 @@ def test_calibration_error_is_the_distance_between_confidence_and_accuracy(root,
     (axis,), (_, points) = figure.axes, figure.axes[0].lines
     assert "error 30.0 %" in axis.get_title() and (tmp_path / "reliability.png").exists()
     assert list(points.get_xdata()) == pytest.approx([90]) and list(points.get_ydata()) == pytest.approx([60])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_temperature_is_found_by_which_the_logits_were_multiplied(temperature):
+    """Labels drawn from the probabilities themselves fit these best."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(50_000, 10, generator=generator)
+    labels = logits.softmax(1).multinomial(1, generator=generator)[:, 0]
+    assert utils.fit_temperature(temperature * logits, labels) == pytest.approx(temperature, rel=0.03)
 
 
 def test_corruptions_harm_more_with_their_strength(root):
