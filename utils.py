@@ -478,7 +478,7 @@ def _alone(path):
         yield
 
 
-def run(network="NetDilated", data="CIFAR-10", epochs=50, batch_size=256, max_lr=0.3, weight_decay=5e-4,
+def run(network="NetDilated", data="CIFAR-10", epochs=90, batch_size=256, max_lr=0.3, weight_decay=5e-4,
         augmentation=0.5, seed=0, num_workers=None, validation_size=0, device=None, checkpoint=None, restart=False,
         folder="weights"):
     """Train one network from scratch, save it with its facts in `folder`, and return the model and the facts.
