@@ -60,7 +60,7 @@ def normalise(images):
     """
     images = torch.as_tensor(images)
     mean, std = (255 * torch.tensor(values, device=images.device).repeat(images.shape[2]) for values in (MEAN, STD))
-    rows = images.flatten(2).to(torch.float32, copy=True)  # by whole rows of pixels it is four times as fast
+    rows = images.flatten(2).to(torch.float32, copy=True)  # by whole rows of pixels, three times as fast
     return rows.sub_(mean).div_(std).view(images.shape).permute(0, 3, 1, 2)
 
 

@@ -76,7 +76,10 @@ def test_torch_hub_refuses_damaged_weights(tmp_path):
 def test_readme_shows_the_facts():
     ordered = ["NetDilated", *(name for name in utils.PUBLISHED if name in NAMES)]
     table = utils.comparison_table([utils.load_facts(name, HERE / "weights") for name in ordered])
-    assert table in (HERE / "README.md").read_text()
+    text = (HERE / "README.md").read_text()
+    assert table in text
+    accuracy = utils.load_facts("NetDilated", HERE / "weights")["test_accuracy"]
+    assert f"| at least 85 % test accuracy | {accuracy:.2f} % |" in text
 
 
 def test_readme_links_exist():
@@ -103,7 +106,7 @@ def test_every_figure_in_the_notebook_has_an_alternative_text_and_the_notebook_i
 
 
 @pytest.mark.parametrize("chosen, missing", [(("model.py", "dataset.py", "utils.py"), None),
-                                             (("utils.py",), "upload model.py, dataset.py to the folder"), ((), "upload")])
+                                             (("utils.py",), "upload model.py, dataset.py to the folder"), ((), "upload model.py, dataset.py, utils.py to")])
 def test_the_first_cell_asks_for_the_modules_in_colab(chosen, missing, tmp_path, monkeypatch):
     """With a stand-in for Colab's upload button, which writes the files that were chosen."""
     upload = lambda: [shutil.copy(HERE / name, tmp_path) for name in chosen]
