@@ -948,21 +948,24 @@ def plot_confusion(dataset, logits, path):
     return _finish(figure, path)
 
 
-def plot_reliability(dataset, logits, path, bins=15):
+def plot_reliability(dataset, logits, path, temperature=1.0, bins=15):
     """Draw the accuracy over the confidence of (N, classes) logits in bins of equal width, which is the diagonal where
-    probabilities are right, with the `calibration_error`; save to `path`, return the figure."""
+    probabilities are right, with the `calibration_error`: of the logits as they are and, if that is not 1, divided by
+    the temperature. Save to `path`, return the figure."""
     base = _base(dataset)
-    confidence, predicted = logits.softmax(1).max(1)
-    confidence, right = confidence.double().numpy(), (predicted == torch.tensor(base.targets)).numpy()
-    places = np.minimum((confidence * bins).astype(int), bins - 1)
-    used = np.unique(places)
-    accuracy, mean = ([100 * values[places == place].mean() for place in used] for values in (right, confidence))
     figure, axis = plt.subplots(figsize=(6, 4.6), layout="constrained")
-    axis.bar((used + 0.5) * 100 / bins, accuracy, 90 / bins, color=BLUE, alpha=0.35)
     axis.plot([0, 100], [0, 100], color="grey", linestyle="--", label="probabilities that are right")
-    axis.plot(mean, accuracy, "o", color=BLUE, label="accuracy of the images in a bin")
-    axis.set(xlabel="confidence, %", ylabel="accuracy, %", xlim=(0, 100), ylim=(0, 103),
-             title=f"{base.title}: calibration error {calibration_error(dataset, logits):.1f} %")
+    for divisor, colour, marker in zip(dict.fromkeys((1.0, temperature)), COLOURS, "os"):
+        confidence, predicted = (logits / divisor).softmax(1).max(1)
+        confidence, right = confidence.double().numpy(), (predicted == torch.tensor(base.targets)).numpy()
+        places = np.minimum((confidence * bins).astype(int), bins - 1)
+        accuracy, mean = ([100 * values[places == place].mean() for place in np.unique(places)]
+                          for values in (right, confidence))
+        error = calibration_error(dataset, logits / divisor, bins)
+        axis.plot(mean, accuracy, color=colour, marker=marker, linewidth=1,
+                  label=f"temperature {divisor:.3g}: calibration error {error:.1f} %")
+    axis.set(xlabel="confidence, %", ylabel="accuracy of the images in a bin, %", xlim=(0, 100), ylim=(0, 103),
+             title=f"{base.title}: accuracy over confidence")
     axis.legend(loc="upper left")
     return _finish(figure, path)
 

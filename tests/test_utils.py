@@ -574,10 +574,18 @@ def test_calibration_error_is_the_distance_between_confidence_and_accuracy(root,
     test_set = load_dataset("test", "built-in", root=root)
     assert utils.calibration_error(test_set, confident(test_set, 0.9, 450)) == pytest.approx(0, abs=1e-3)
     assert utils.calibration_error(test_set, confident(test_set, 0.9, 300)) == pytest.approx(30, abs=1e-3)
-    figure = utils.plot_reliability(test_set, confident(test_set, 0.9, 300), tmp_path / "reliability.png")
-    (axis,), (_, points) = figure.axes, figure.axes[0].lines
-    assert "error 30.0 %" in axis.get_title() and (tmp_path / "reliability.png").exists()
-    assert list(points.get_xdata()) == pytest.approx([90]) and list(points.get_ydata()) == pytest.approx([60])
+
+
+def test_the_reliability_diagram_shows_the_logits_as_they_are_and_at_a_temperature(root, tmp_path):
+    test_set = load_dataset("test", "built-in", root=root)
+    logits = confident(test_set, 0.9, 300)
+    divisor = np.log(9 * 9) / np.log(1.5 * 9)  # nine other classes share what is left: 10 %, and then 40 %
+    _, *curves = utils.plot_reliability(test_set, logits, tmp_path / "reliability.png", divisor).axes[0].lines
+    assert [list(curve.get_ydata()) for curve in curves] == [pytest.approx([60])] * 2
+    assert [list(curve.get_xdata()) for curve in curves] == [pytest.approx([90]), pytest.approx([60])]
+    assert "error 30.0 %" in curves[0].get_label() and "error 0.0 %" in curves[1].get_label()
+    assert (tmp_path / "reliability.png").exists()
+    assert len(utils.plot_reliability(test_set, logits, tmp_path / "plain.png").axes[0].lines) == 2  # with the diagonal
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
