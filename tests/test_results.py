@@ -105,8 +105,9 @@ def test_every_figure_in_the_notebook_has_an_alternative_text_and_the_notebook_i
     assert len(alternatives) >= 8 and all(alternatives) and len(text) < 2_000_000
 
 
-@pytest.mark.parametrize("chosen, missing", [(("model.py", "dataset.py", "utils.py"), None),
-                                             (("utils.py",), "upload model.py, dataset.py to the folder"), ((), "upload model.py, dataset.py, utils.py to")])
+@pytest.mark.parametrize("chosen, missing", [
+    (("model.py", "dataset.py", "utils.py"), None), (("utils.py",), "upload model.py, dataset.py to the folder"),
+    ((), "upload model.py, dataset.py, utils.py to the folder")])
 def test_the_first_cell_asks_for_the_modules_in_colab(chosen, missing, tmp_path, monkeypatch):
     """With a stand-in for Colab's upload button, which writes the files that were chosen."""
     upload = lambda: [shutil.copy(HERE / name, tmp_path) for name in chosen]
