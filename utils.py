@@ -74,6 +74,8 @@ ALLOWED = {
     "max_lr": ("a number above 0", lambda value: is_number(value) and value > 0),
     "weight_decay": ("a number, 0 or more", lambda value: is_number(value) and value >= 0),
     "augmentation": ("a probability, 0 to 1", lambda value: is_number(value) and 0 <= value <= 1),
+    "sizes": ("None or a list of sizes in pixels, each 8 or more",
+              lambda value: value is None or (isinstance(value, list) and value and all(map(_whole(8), value)))),
     "seed": ("a whole number, 0 to 4294967295", _whole(0, 2**32 - 1)),
     "num_workers": (f"None, or 0 to {CORES}, the number of cores",
                     lambda value: value is None or _whole(0, CORES)(value)),
@@ -150,12 +152,12 @@ def versions():
 
 # ---------------------------------------------------------------- training
 
-def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None, begun=None):
+def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None, begun=None, size=None):
     """Train one epoch and return its (loss, accuracy): means over the samples, accuracy in percent.
 
     The forward pass runs in `mixed_precision` of the model's device. `scheduler` steps after each batch;
     `on_step()` is called then as well. `begun`, a Counter, holds the sums of the batches so far: those that it counts
-    when the epoch begins are skipped.
+    when the epoch begins are skipped. The images are resized to `size` x `size` pixels, if there is one.
 
     Raises:
         FloatingPointError: the loss is no longer finite. RuntimeError: the GPU's memory is too small for the batch.
@@ -168,6 +170,8 @@ def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None, b
     for images, labels in itertools.islice(loader, begun["batches"], None):
         try:
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            if size and size != images.shape[-1]:
+                images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 logits = model(images)
             loss = F.cross_entropy(logits.float(), labels)
@@ -222,7 +226,7 @@ ROW = "{:5d}  {:10.4f}  {:11.2f}  {:9.4f}  {:10.2f}  {:7.1f}"
 
 
 def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4, device=None, checkpoint=None,
-        restart=False):
+        restart=False, sizes=None):
     """Train with a one-cycle schedule and return the history: a list for each column, an entry for each epoch. The
     loaders are those of `make_loader`, the first one shuffled.
 
@@ -230,6 +234,10 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
     the first quarter of the steps and falls to nearly zero. In the second half an exponential moving average of the
     weights is kept, over about a twentieth of the run: from then on it is what is tested, and in the end what `model`
     holds. The test set is only looked at, never chosen on: the last epoch is the result.
+
+    `sizes` are those of the training images in pixels, each for an equal share of the epochs: a short run is faster if it
+    begins with small images and ends with those of full size. Tan and Le, EfficientNetV2,
+    https://arxiv.org/abs/2104.00298. Tests are always at full size.
 
     With a `checkpoint` path, the whole state is written there after every epoch and at an interrupt, which waits for
     the end of a step (a second one does not). A run that was interrupted or killed goes on from it, to the same weights
@@ -241,12 +249,13 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
         RuntimeError: another process is training with this checkpoint, or the GPU's memory is too small.
         FloatingPointError: the loss is no longer finite.
     """
-    check_settings(epochs=epochs, max_lr=max_lr, weight_decay=weight_decay, checkpoint=checkpoint, restart=restart)
+    check_settings(epochs=epochs, max_lr=max_lr, weight_decay=weight_decay, checkpoint=checkpoint, restart=restart,
+                   sizes=sizes)
     require("train_loader", train_loader, "one of make_loader(dataset, shuffle=True)",
             getattr(train_loader.sampler, "generator", None) is not None)
     device = pick_device(device)
     model.to(device, memory_format=torch.channels_last)
-    run = _Run(model, train_loader, epochs, max_lr, weight_decay, checkpoint)
+    run = _Run(model, train_loader, epochs, max_lr, weight_decay, checkpoint, sizes)
     print(f"{epochs} epochs on {hardware(device)}, data: {run.recipe['data']}")
     with _alone(checkpoint), _interrupts_noted() as interrupts:
         if checkpoint and not restart:
@@ -279,7 +288,7 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
 class _Run:
     """A training run and all of its state, which its checkpoint keeps."""
 
-    def __init__(self, model, loader, epochs, max_lr, weight_decay, checkpoint):
+    def __init__(self, model, loader, epochs, max_lr, weight_decay, checkpoint, sizes):
         device, data = next(model.parameters()).device, _base(loader.dataset)
         self.loader, self.checkpoint, self.steps = loader, checkpoint, epochs * len(loader)
         decay = max(0.0, 1 - 20 / self.steps)
@@ -293,7 +302,8 @@ class _Run:
         self.recipe = {
             "network": type(model).__name__, "data": data.title, "images": len(loader.dataset), "epochs": epochs,
             "batch_size": loader.batch_size, "max_lr": max_lr, "weight_decay": weight_decay, "averaging decay": decay,
-            "augmentations": str(data.transform).splitlines(), "seed": data.seed, "layers": str(model).splitlines(),
+            "sizes": sizes, "augmentations": str(data.transform).splitlines(), "seed": data.seed,
+            "layers": str(model).splitlines(),
         }
         self.history = {name: [] for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")}
         self.begun = Counter()  # what there is of the epoch that has begun
@@ -312,11 +322,16 @@ class _Run:
         average = self.parts["average"]
         return average.module if average.n_averaged else self.parts["model"]
 
+    def size(self):
+        """Return the size of the training images in the epoch that begins, or None where they stay as they are."""
+        sizes, epoch = self.recipe["sizes"], len(self.history["seconds"])
+        return sizes[epoch * len(sizes) // self.recipe["epochs"]] if sizes else None
+
     def train_epoch(self, test_loader, on_step):
         """Train one epoch, or the rest of the one that has begun, and test; return its row of the history."""
         self.start, self.order = time.perf_counter() - self.begun["seconds"], self.loader.sampler.generator.get_state()
         parts = (self.parts[name] for name in ("optimizer", "scheduler", "scaler"))
-        losses = train(self.parts["model"], self.loader, *parts, on_step, self.begun)
+        losses = train(self.parts["model"], self.loader, *parts, on_step, self.begun, self.size())
         row = *losses, *test(self.result(), test_loader), time.perf_counter() - self.start
         if not np.isfinite(row).all():  # the last step of the epoch spoilt the weights
             raise FloatingPointError(f"after its last step: the loss is {row[2]}")
@@ -479,8 +494,8 @@ def _alone(path):
 
 
 def run(network="NetDilated", data="CIFAR-10", epochs=90, batch_size=256, max_lr=0.3, weight_decay=5e-4,
-        augmentation=0.5, seed=0, num_workers=None, validation_size=0, device=None, checkpoint=None, restart=False,
-        folder="weights"):
+        augmentation=0.5, sizes=None, seed=0, num_workers=None, validation_size=0, device=None, checkpoint=None,
+        restart=False, folder="weights"):
     """Train one network from scratch, save it with its facts in `folder`, and return the model and the facts.
 
     The whole experiment in one call, as the notebook does it step by step. `augmentation` is the probability that
@@ -489,7 +504,7 @@ def run(network="NetDilated", data="CIFAR-10", epochs=90, batch_size=256, max_lr
     fits them best.
     """
     settings = {"epochs": epochs, "batch_size": batch_size, "max_lr": max_lr, "weight_decay": weight_decay,
-                "augmentation": augmentation, "seed": seed, "validation_size": validation_size}
+                "augmentation": augmentation, "sizes": sizes, "seed": seed, "validation_size": validation_size}
     check_settings(network=network, data=data, num_workers=num_workers, device=device, folder=folder,
                    checkpoint=checkpoint, restart=restart, **settings)
     seed_everything(seed)
@@ -498,7 +513,7 @@ def run(network="NetDilated", data="CIFAR-10", epochs=90, batch_size=256, max_lr
     train_loader = make_loader(train_set, batch_size, True, num_workers, seed)
     test_loader = make_loader(test_set, min(500, len(test_set)))
     model = build_network(network)
-    history = fit(model, train_loader, test_loader, epochs, max_lr, weight_decay, device, checkpoint, restart)
+    history = fit(model, train_loader, test_loader, epochs, max_lr, weight_decay, device, checkpoint, restart, sizes)
     facts = save(model, history, settings, title_of(test_set), folder)
     if validation_size:
         facts = add_facts(facts, folder, temperature=fit_temperature(*predict(model, test_loader)))

@@ -11,6 +11,7 @@ import resource
 import statistics
 import sys
 import time
+from collections import Counter
 from datetime import date
 from pathlib import Path
 
@@ -26,12 +27,14 @@ sys.path.insert(0, str(HERE.parent))
 import utils
 from dataset import CORES, MEAN, STD, load_dataset, make_loader, train_transform
 from model import Dropout, Network, Unit, blueprint, build_network, conv, count_macs
+from short import SCHEDULE
 
-OURS, DEFAULTS = "NetDilated, as the notebook trains it", "NetDilated, PyTorch's defaults"
-SIDES = {  # network, batch size, whether trained as the notebook does or with PyTorch's defaults, as published
-    OURS: ("NetDilated", 256, True), DEFAULTS: ("NetDilated", 256, False),
-    "PublishedDilated, as published": ("PublishedDilated", 256, False),
-    "PublishedDepthwise, as published": ("PublishedDepthwise", 512, False),
+OURS, SHORT, DEFAULTS = "NetDilated, as the notebook trains it", "NetDilated, short schedule", "NetDilated, PyTorch's defaults"
+SIDES = {  # network, batch size, sizes of images, whether trained as here or with PyTorch's defaults, as published
+    OURS: ("NetDilated", 256, [32], True), SHORT: ("NetDilated", SCHEDULE["batch_size"], SCHEDULE["sizes"], True),
+    DEFAULTS: ("NetDilated", 256, [32], False),
+    "PublishedDilated, as published": ("PublishedDilated", 256, [32], False),
+    "PublishedDepthwise, as published": ("PublishedDepthwise", 512, [32], False),
 }
 PUBLISHED_EPOCHS = {"PublishedDilated, as published": 150, "PublishedDepthwise, as published": 98}  # to 85 %
 
@@ -89,35 +92,37 @@ def training_step(options):
     return rows
 
 
-def serve_side(pipe, images, network, batch_size, ours):
-    """Measure one side whenever asked, in a process of its own."""
+def serve_side(pipe, images, network, batch_size, sizes, ours):
+    """Measure one side whenever asked, in a process of its own: a rate over all sizes, on as many images of each."""
     batch_size = min(batch_size, images)
+    rounds = max(1, images // batch_size // len(sizes))
     if ours:
         device = utils.pick_device()
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         utils.mixed_precision = lambda device: None
         Dropout.forward = torch.nn.Dropout.forward
-    train = trainer(build_network(network), batch_size, max(1, images // batch_size), device,
+    train = trainer(build_network(network), batch_size, rounds * sizes, device,
                     torch.channels_last if ours else torch.contiguous_format)
     train()
     pipe.send("ready")
     while True:
         if pipe.recv() == "measure":
-            pipe.send(images // batch_size * batch_size / seconds(train))
+            pipe.send(rounds * len(sizes) * batch_size / seconds(train))
         elif device.type == "cuda":
             pipe.send(torch.cuda.max_memory_allocated() / 2**20)
         else:
             pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
 
-def trainer(model, batch_size, steps, device, memory_format):
-    """Return a function that trains the model for some steps on one random batch, with the training loop itself."""
+def trainer(model, batch_size, sizes, device, memory_format):
+    """Return a function that trains the model for a step at each of the sizes on one random batch, with the training
+    loop itself."""
     model.to(device, memory_format=memory_format)
     images = torch.randn(batch_size, 3, 32, 32, device=device).to(memory_format=memory_format)
-    batches = [(images, torch.randint(10, (batch_size,), device=device))] * steps
+    batch = images, torch.randint(10, (batch_size,), device=device)
     optimizer = utils.make_optimizer(model, 0.01, 5e-4)
-    return lambda: utils.train(model, batches, optimizer)
+    return lambda: [utils.train(model, [batch] * count, optimizer, size=size) for size, count in Counter(sizes).items()]
 
 
 # ---------------------------------------------------------------- 2. time to 85 %
@@ -129,12 +134,14 @@ def time_to_85(steps, path):
         print(f"\ntime to 85 %: run benchmarks/short.py first, which writes {path.name}")
         return None
     short = json.loads(path.read_text())
-    epochs = {OURS: short["epochs"], **PUBLISHED_EPOCHS}
+    if short["schedule"] != SCHEDULE or short["mean_test_accuracy"] < 85:
+        raise ValueError(f"{path} is of another schedule or below 85 %: run benchmarks/short.py again")
+    epochs = {SHORT: short["schedule"]["epochs"], **PUBLISHED_EPOCHS}
     minutes = {name: count * 50_000 / steps[name]["median"] / 60 for name, count in epochs.items()}
     print(f"\n{'time to 85 %':38} epochs  minutes  ours is faster")
     for name, value in minutes.items():
-        print(f"{name:38} {epochs[name]:6} {value:8.1f} {value / minutes[OURS]:10.1f} times")
-    return {"minutes": minutes, "ours_is_faster": {name: value / minutes[OURS] for name, value in minutes.items()}}
+        print(f"{name:38} {epochs[name]:6} {value:8.1f} {value / minutes[SHORT]:10.1f} times")
+    return {"minutes": minutes, "ours_is_faster": {name: value / minutes[SHORT] for name, value in minutes.items()}}
 
 
 # ---------------------------------------------------------------- 3. input pipeline
@@ -231,7 +238,7 @@ def growth(options, device):
     for name, (model, size) in trainers.items():
         size = min(size, options.images)
         steps = max(1, options.images // 2 // size)
-        train = trainer(model, size, steps, device, torch.channels_last)
+        train = trainer(model, size, [32] * steps, device, torch.channels_last)
         train()
         times = [1000 * seconds(train) / (steps * size) for _ in range(min(3, options.repeats))]
         rows[name] = spread(times)

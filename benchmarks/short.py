@@ -12,19 +12,20 @@ sys.path.insert(0, str(HERE.parent))
 
 import utils
 
-EPOCHS, SEEDS = 10, (0, 1, 2)
+SCHEDULE = {"epochs": 8, "batch_size": 128, "augmentation": 0.1, "sizes": [16, 16, 16, 24, 24, 24, 32, 32]}
+SEEDS = (0, 1, 2)
 
 
 def main():
     runs = []
     for seed in SEEDS:
         folder = HERE.parent / "checkpoints" / f"short-{seed}"
-        runs.append(utils.run(epochs=EPOCHS, seed=seed, checkpoint=folder / "NetDilated.pt", folder=folder)[1])
+        runs.append(utils.run(**SCHEDULE, seed=seed, checkpoint=folder / "NetDilated.pt", folder=folder)[1])
     accuracies = [run["test_accuracy"] for run in runs]
-    result = {"epochs": EPOCHS, "mean_test_accuracy": statistics.mean(accuracies),
+    result = {"schedule": SCHEDULE, "mean_test_accuracy": statistics.mean(accuracies),
               "deviation": statistics.stdev(accuracies), "runs": runs}
     (HERE / "short.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{EPOCHS} epochs, seeds {SEEDS}: {result['mean_test_accuracy']:.2f} +- {result['deviation']:.2f} %")
+    print(f"{SCHEDULE}, seeds {SEEDS}: {result['mean_test_accuracy']:.2f} +- {result['deviation']:.2f} %")
 
 
 if __name__ == "__main__":

@@ -38,12 +38,21 @@ def test_shares_lie_between_nothing_and_everything(results):
 
 
 def test_time_to_85_is_epochs_times_the_time_of_an_epoch(tmp_path):
-    (tmp_path / "short.json").write_text(json.dumps({"epochs": 10}))
-    steps = {name: {"median": 1000 if name == bench.OURS else 100} for name in bench.SIDES}
-    result = bench.time_to_85(steps, tmp_path / "short.json")
-    assert result["minutes"][bench.OURS] == pytest.approx(10 * 50 / 60)
-    assert result["ours_is_faster"]["PublishedDepthwise, as published"] == pytest.approx(98)
-    assert bench.time_to_85(steps, tmp_path / "missing.json") is None
+    path = tmp_path / "short.json"
+    steps = {name: {"median": 1000 if name == bench.SHORT else 100} for name in bench.SIDES}
+    assert bench.time_to_85(steps, path) is None
+    path.write_text(json.dumps({"schedule": bench.SCHEDULE, "mean_test_accuracy": 85.0}))
+    result, epochs = bench.time_to_85(steps, path), bench.SCHEDULE["epochs"]
+    assert result["minutes"][bench.SHORT] == pytest.approx(epochs * 50 / 60)
+    assert result["ours_is_faster"]["PublishedDepthwise, as published"] == pytest.approx(98 / epochs * 10)
+
+
+@pytest.mark.parametrize("changes", [{"mean_test_accuracy": 84.9}, {"schedule": {"epochs": 1}}])
+def test_a_short_schedule_that_misses_85_or_is_another_one_does_not_count(changes, tmp_path):
+    short = {"schedule": bench.SCHEDULE, "mean_test_accuracy": 85.0, **changes}
+    (tmp_path / "short.json").write_text(json.dumps(short))
+    with pytest.raises(ValueError, match="run benchmarks/short.py again"):
+        bench.time_to_85({}, tmp_path / "short.json")
 
 
 def test_the_network_as_wide_as_ours_is_ours():

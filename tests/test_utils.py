@@ -55,12 +55,12 @@ def after_step(number, action):
     """Call `action(model)` after each step of that number in a whole run, or after every one if None."""
     train = utils.train
 
-    def watched(model, loader, optimizer, scheduler, scaler, on_step, begun):
+    def watched(model, loader, optimizer, scheduler, scaler, on_step, begun, size):
         def step():
             if number in (None, scheduler.last_epoch):
                 action(model)
             on_step()
-        return train(model, loader, optimizer, scheduler, scaler, step, begun)
+        return train(model, loader, optimizer, scheduler, scaler, step, begun, size)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "train", watched)
@@ -117,6 +117,31 @@ def test_the_same_seed_gives_the_same_weights(root):
     assert equal(state(fit_tiny(root, 1)[0]), state(fit_tiny(root, 1)[0]))
 
 
+@pytest.mark.parametrize("epochs, sizes, seen", [(3, None, [32, 32, 32]), (4, [16, 32], [16, 16, 32, 32]),
+                                                 (3, [8, 24], [8, 8, 24]), (2, [16, 24, 32], [16, 24])])
+def test_training_images_have_the_sizes_asked_for_and_test_images_their_own(epochs, sizes, seen, root):
+    shapes = {True: [], False: []}  # by whether the network is being trained
+
+    class Watched(Tiny):
+        def forward(self, x):
+            shapes[self.training].append(x.shape[2:])
+            return super().forward(x)
+
+    train_loader, test_loader = loaders(root, 500)
+    utils.fit(Watched(), train_loader, test_loader, epochs, device="cpu", sizes=sizes)
+    assert shapes[True] == [(size, size) for size in seen for _ in train_loader]
+    assert shapes[False] == [(32, 32)] * epochs
+
+
+def test_smaller_images_are_averages_of_the_larger_ones():
+    images, seen = torch.arange(2 * 3 * 32 * 32.0).view(2, 3, 32, 32), []
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
+    model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
+    utils.train(model, [(images, torch.tensor([0, 1]))], torch.optim.SGD(model.parameters(), lr=0), size=16)
+    inner = slice(1, -1)  # at the border the weights differ
+    assert torch.allclose(seen[0][..., inner, inner], F.avg_pool2d(images, 2)[..., inner, inner])
+
+
 def test_weights_decay_but_not_norms_and_biases():
     decayed, others = utils.make_optimizer(NetDilated(), 0.1, 5e-4).param_groups
     assert decayed["weight_decay"] == 5e-4 and all(parameter.ndim > 1 for parameter in decayed["params"])
@@ -138,7 +163,7 @@ IMPOSSIBLE = {
     "seed": [-1, 2**32, 1.0, None], "num_workers": [-1, 10_000, 1.0], "validation_size": [-1, 0.1],
     "device": ["gpu", "cuda:99999" if not torch.cuda.is_available() else "tpu", 3], "folder": [None, 3, __file__],
     "retrain": ["PublishedDilated", ["NetDilated"], None], "retrain_epochs": [0], "restart": [1, "yes", None],
-    "checkpoint": [3, ["file"], True], "picture": [3, ["file"]],
+    "checkpoint": [3, ["file"], True], "picture": [3, ["file"]], "sizes": [32, [], [7], [16.0], (16, 32)],
 }
 
 
@@ -158,12 +183,12 @@ def test_possible_settings_pass():
     utils.check_settings(network="NetDilated", data="CIFAR-10", epochs=1, batch_size=1, max_lr=1, weight_decay=0,
                          augmentation=1, seed=2**32 - 1, num_workers=None, validation_size=0, device="cpu",
                          folder="weights", retrain=["PublishedDilated"], retrain_epochs=1, restart=True,
-                         checkpoint="checkpoints/NetDilated.pt", picture=None)
+                         checkpoint="checkpoints/NetDilated.pt", picture=None, sizes=[16, 32])
 
 
 @pytest.mark.parametrize("name", ["network", "data", "epochs", "batch_size", "max_lr", "weight_decay", "augmentation",
                                   "seed", "num_workers", "validation_size", "device", "folder", "checkpoint",
-                                  "restart"])
+                                  "restart", "sizes"])
 def test_run_refuses_impossible_settings_before_it_loads_data(name, monkeypatch):
     monkeypatch.setattr(utils, "load_dataset", lambda *arguments: pytest.fail("work began"))
     with pytest.raises(ValueError, match=f"^{name} is "):
@@ -172,7 +197,8 @@ def test_run_refuses_impossible_settings_before_it_loads_data(name, monkeypatch)
 
 def test_fit_refuses_impossible_settings(root):
     for arguments in ({"epochs": 0}, {"epochs": 1, "max_lr": 0}, {"epochs": 1, "weight_decay": -1},
-                      {"epochs": 1, "device": "gpu"}, {"epochs": 1, "checkpoint": 3}, {"epochs": 1, "restart": 1}):
+                      {"epochs": 1, "device": "gpu"}, {"epochs": 1, "checkpoint": 3}, {"epochs": 1, "restart": 1},
+                      {"epochs": 1, "sizes": 16}):
         with pytest.raises(ValueError, match=f"^{list(arguments)[-1]} is "):
             utils.fit(Tiny(), *loaders(root), **arguments)
 
