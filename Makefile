@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 EXECUTE = TQDM_DISABLE=1 $(RUN) -m jupyter nbconvert --to notebook --execute --ExecutePreprocessor.timeout=-1 \
-	--ExecutePreprocessor.record_timing=False --coalesce-streams
+	--ExecutePreprocessor.record_timing=False --CoalesceStreamsPreprocessor.enabled=True
 
 .PHONY: demo test train bench clean
 

@@ -3,6 +3,7 @@ import contextlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +108,19 @@ def test_every_figure_in_the_notebook_has_an_alternative_text_and_the_notebook_i
     outputs = [output for cell in json.loads(text)["cells"] for output in cell.get("outputs", [])]
     alternatives = [output["metadata"]["image/png"]["alt"] for output in outputs if "image/png" in output.get("data", {})]
     assert len(alternatives) >= 8 and all(alternatives) and len(text) < 2_000_000
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_the_demo_leaves_the_notebook_alone(tmp_path):
+    """The command of `make demo`, on a notebook of one cell."""
+    demo = subprocess.check_output(["make", "-n", "demo", f"RUN={sys.executable}"], cwd=HERE, text=True)
+    cell = {"cell_type": "code", "id": "a", "metadata": {}, "execution_count": None, "outputs": [],
+            "source": "print(6 * 7)"}
+    before = json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+    (tmp_path / "S9.ipynb").write_text(before)
+    subprocess.run(demo[demo.index("S9_SETTINGS="):], shell=True, cwd=tmp_path, check=True)
+    assert (tmp_path / "S9.ipynb").read_text() == before
+    assert '"42\\n"' in (tmp_path / "demo" / "S9.ipynb").read_text()
 
 
 @pytest.mark.parametrize("chosen, missing", [
