@@ -113,7 +113,8 @@ def test_every_figure_in_the_notebook_has_an_alternative_text_and_the_notebook_i
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 def test_the_demo_leaves_the_notebook_alone(tmp_path):
     """The command of `make demo`, on a notebook of one cell."""
-    demo = subprocess.check_output(["make", "-n", "demo", f"RUN={sys.executable}"], cwd=HERE, text=True)
+    arguments = "-n", "--no-print-directory", "demo", f"RUN={sys.executable}"
+    demo = subprocess.check_output(["make", *arguments], cwd=HERE, text=True)
     cell = {"cell_type": "code", "id": "a", "metadata": {}, "execution_count": None, "outputs": [],
             "source": "print(6 * 7)"}
     before = json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
