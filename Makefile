@@ -6,7 +6,7 @@ EXECUTE = TQDM_DISABLE=1 $(RUN) -m jupyter nbconvert --to notebook --execute --E
 
 .PHONY: demo test train bench clean
 
-demo: .venv/installed  ## execute the notebook on built-in data into demo/ (half a minute, no download)
+demo: .venv/installed  ## execute the notebook on built-in data into demo/ (a minute, no download)
 	mkdir -p demo
 	S9_SETTINGS='{"data": "built-in", "epochs": 4, "batch_size": 100, "folder": "demo"}' $(EXECUTE) --output-dir demo S9.ipynb
 

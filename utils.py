@@ -235,8 +235,8 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
     weights is kept, over about a twentieth of the run: from then on it is what is tested, and in the end what `model`
     holds. The test set is only looked at, never chosen on: the last epoch is the result.
 
-    `sizes` are those of the training images in pixels, each for an equal share of the epochs: a short run is faster if it
-    begins with small images and ends with those of full size. Tan and Le, EfficientNetV2,
+    `sizes` are those of the training images in pixels, each for an equal share of the epochs: a short run is faster if
+    it begins with small images and ends with those of full size. Tan and Le, EfficientNetV2,
     https://arxiv.org/abs/2104.00298. Tests are always at full size.
 
     With a `checkpoint` path, the whole state is written there after every epoch and at an interrupt, which waits for
