@@ -60,6 +60,9 @@ def check_settings(**settings):
         require("setting", name, f"from {', '.join(ALLOWED)}", name in ALLOWED)
         allowed, holds = ALLOWED[name]
         require(name, value, allowed, holds(value))
+    if settings.get("sizes") and "epochs" in settings:
+        require("sizes", settings["sizes"], f"at most {settings['epochs']} of them, one for each epoch",
+                len(settings["sizes"]) <= settings["epochs"])
 
 
 def _whole(low, high=float("inf")):
@@ -84,6 +87,7 @@ ALLOWED = {
                lambda value: value is None or str(value).split(":")[0] in _devices()),
     "folder": ("the path of a folder", lambda value: isinstance(value, (str, Path)) and not Path(value).is_file()),
     "checkpoint": ("None or the path of a file", lambda value: value is None or isinstance(value, (str, Path))),
+    "temperature": ("a number above 0", lambda value: is_number(value) and value > 0),
     "picture": ("None or the path of a picture", lambda value: value is None or isinstance(value, (str, Path))),
     "restart": ("True or False", lambda value: isinstance(value, bool)),
     "retrain": (f"a list of published networks, of {', '.join(list(NETWORKS)[1:])}",
@@ -122,12 +126,13 @@ def _devices():
 def mixed_precision(device):
     """Return the 16-bit type to train in on this device, or None where fp32 is the better choice.
 
-    CUDA: fp16, which every GPU has, with scaled gradients. CPU: bf16 where the processor multiplies matrices in it
-    (AMX); elsewhere, with AVX512-BF16 too, it is slower than fp32.
+    CUDA: fp16, which every GPU has, with scaled gradients. CPU: bf16 where it pays, with Intel's AMX or AMD's
+    AVX512-BF16; with AVX512-BF16 alone, Intel's processors are slower in it than in fp32.
     """
     if device.type == "cuda":
         return torch.float16
-    return torch.bfloat16 if device.type == "cpu" and "amx_bf16" in _cpuinfo() else None
+    cpu = _cpuinfo() if device.type == "cpu" else ""
+    return torch.bfloat16 if "amx_bf16" in cpu or ("avx512_bf16" in cpu and "AuthenticAMD" in cpu) else None
 
 
 def hardware(device):

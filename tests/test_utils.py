@@ -118,7 +118,7 @@ def test_the_same_seed_gives_the_same_weights(root):
 
 
 @pytest.mark.parametrize("epochs, sizes, seen", [(3, None, [32, 32, 32]), (4, [16, 32], [16, 16, 32, 32]),
-                                                 (3, [8, 24], [8, 8, 24]), (2, [16, 24, 32], [16, 24])])
+                                                 (3, [8, 24], [8, 8, 24]), (3, [16, 24, 32], [16, 24, 32])])
 def test_training_images_have_the_sizes_asked_for_and_test_images_their_own(epochs, sizes, seen, root):
     shapes = {True: [], False: []}  # by whether the network is being trained
 
@@ -149,9 +149,13 @@ def test_weights_decay_but_not_norms_and_biases():
     assert len(decayed["params"]) + len(others["params"]) == len(list(NetDilated().parameters()))
 
 
-@pytest.mark.parametrize("flags, dtype", [("avx2", None), ("avx512_bf16", None), ("avx512_bf16 amx_bf16", torch.bfloat16)])
-def test_a_cpu_trains_in_bf16_where_it_multiplies_matrices_in_it(flags, dtype, monkeypatch):
-    monkeypatch.setattr(utils, "_cpuinfo", lambda: f"flags\t\t: fpu {flags}\n")
+@pytest.mark.parametrize("vendor, flags, dtype", [
+    ("GenuineIntel", "avx2", None), ("GenuineIntel", "avx512_bf16", None),
+    ("GenuineIntel", "avx512_bf16 amx_bf16", torch.bfloat16),
+    ("AuthenticAMD", "avx2", None), ("AuthenticAMD", "avx512_bf16", torch.bfloat16),
+])
+def test_a_cpu_trains_in_bf16_where_that_is_faster(vendor, flags, dtype, monkeypatch):
+    monkeypatch.setattr(utils, "_cpuinfo", lambda: f"vendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n")
     assert utils.mixed_precision(torch.device("cpu")) is dtype
     assert utils.mixed_precision(torch.device("mps")) is None and utils.mixed_precision(torch.device("cuda")) is torch.float16
 
@@ -164,6 +168,7 @@ IMPOSSIBLE = {
     "device": ["gpu", "cuda:99999" if not torch.cuda.is_available() else "tpu", 3], "folder": [None, 3, __file__],
     "retrain": ["PublishedDilated", ["NetDilated"], None], "retrain_epochs": [0], "restart": [1, "yes", None],
     "checkpoint": [3, ["file"], True], "picture": [3, ["file"]], "sizes": [32, [], [7], [16.0], (16, 32)],
+    "temperature": [0, -1.0, float("nan"), "1", None],
 }
 
 
@@ -183,7 +188,13 @@ def test_possible_settings_pass():
     utils.check_settings(network="NetDilated", data="CIFAR-10", epochs=1, batch_size=1, max_lr=1, weight_decay=0,
                          augmentation=1, seed=2**32 - 1, num_workers=None, validation_size=0, device="cpu",
                          folder="weights", retrain=["PublishedDilated"], retrain_epochs=1, restart=True,
-                         checkpoint="checkpoints/NetDilated.pt", picture=None, sizes=[16, 32])
+                         checkpoint="checkpoints/NetDilated.pt", picture=None, temperature=1.2)
+    utils.check_settings(epochs=2, sizes=[16, 32])
+
+
+def test_sizes_that_no_epoch_would_have_are_refused():
+    with pytest.raises(ValueError, match="sizes is .*: choose at most 2 of them, one for each epoch"):
+        utils.check_settings(epochs=2, sizes=[16, 24, 32])
 
 
 @pytest.mark.parametrize("name", ["network", "data", "epochs", "batch_size", "max_lr", "weight_decay", "augmentation",
