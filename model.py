@@ -19,19 +19,25 @@ class Depthwise(nn.Conv2d):
     """A depthwise convolution: one k x k kernel for each channel, (N, C, H, W) to (N, C, H', W').
 
     On a CPU under bf16 autocast only the plain case (3x3, stride 1, dilation 1, padding 1) has a fast backward pass.
-    More padding is therefore added first, which halves its time; the other cases run in fp32, 4 to 24 times as fast.
+    More padding is therefore added first, which halves its time; a dilated kernel, which works on every other pixel,
+    works on each of these smaller images as a plain one; the other cases run in fp32, 4 to 24 times as fast.
     """
 
     def __init__(self, channels, kernel_size=3, stride=1, dilation=1, padding=None):
         padding = dilation * (kernel_size // 2) if padding is None else padding
         super().__init__(channels, channels, kernel_size, stride, padding, dilation, groups=channels, bias=False)
         self.margin = padding - 1 if (kernel_size, stride, dilation) == (3, 1, 1) else -1  # beyond the plain case
+        self.plain_apart = (kernel_size, stride) == (3, 1) and padding == dilation
 
     def forward(self, x):
         if x.dtype != torch.bfloat16 or x.device.type != "cpu" or self.margin == 0:
             return super().forward(x)
         if self.margin > 0:
             return F.conv2d(F.pad(x, 4 * [self.margin]), self.weight, padding=1, groups=self.groups)
+        step = self.dilation[0]
+        if self.plain_apart and x.shape[2] % step == x.shape[3] % step == 0:
+            kernels = self.weight.repeat_interleave(step * step, 0)
+            return F.pixel_shuffle(F.conv2d(F.pixel_unshuffle(x, step), kernels, padding=1, groups=len(kernels)), step)
         with torch.autocast("cpu", enabled=False):
             return super().forward(x.float()).bfloat16()
 

@@ -102,10 +102,12 @@ def test_measuring_leaves_the_network_as_it_was():
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("arguments", [dict(), dict(stride=2), dict(dilation=2), dict(kernel_size=5), dict(padding=2)])
-def test_depthwise_is_the_same_convolution_in_fp32_and_under_bf16_autocast(arguments):
+@pytest.mark.parametrize("size", [(16, 16), (7, 10), (18, 9)])
+@pytest.mark.parametrize("arguments", [dict(), dict(stride=2), dict(dilation=2), dict(dilation=3), dict(kernel_size=5),
+                                       dict(padding=2), dict(dilation=2, padding=1)])
+def test_depthwise_is_the_same_convolution_in_fp32_and_under_bf16_autocast(arguments, size):
     torch.manual_seed(0)
-    layer, x = Depthwise(8, **arguments), torch.randn(2, 8, 16, 16)
+    layer, x = Depthwise(8, **arguments), torch.randn(2, 8, *size)
     exact = F.conv2d(x, layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
     assert torch.equal(layer(x), exact)
     with torch.autocast("cpu", torch.bfloat16):
