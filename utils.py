@@ -158,7 +158,8 @@ def versions():
 # ---------------------------------------------------------------- training
 
 def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None, begun=None, size=None):
-    """Train one epoch and return its (loss, accuracy): means over the samples, accuracy in percent.
+    """Train one epoch on the batches of a `make_loader` and return its (loss, accuracy): means over the samples, accuracy
+    in percent.
 
     The forward pass runs in `mixed_precision` of the model's device. `scheduler` steps after each batch;
     `on_step()` is called then as well. `begun`, a Counter, holds the sums of the batches so far: those that it counts
@@ -174,7 +175,7 @@ def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None, b
     begun = Counter() if begun is None else begun
     for images, labels in itertools.islice(loader, begun["batches"], None):
         try:
-            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            images, labels = normalise(images.to(device)), labels.to(device)
             if size and size != images.shape[-1]:
                 images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -201,10 +202,10 @@ def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None, b
 
 @torch.no_grad()
 def predict(model, loader):
-    """Return the (N, classes) logits and the (N,) labels of a whole loader, on the CPU, computed in fp32."""
+    """Return the (N, classes) logits and the (N,) labels of a whole `make_loader`, on the CPU, computed in fp32."""
     device = next(model.parameters()).device
     model.eval()
-    batches = [(model(images.to(device)).cpu(), labels) for images, labels in loader]
+    batches = [(model(normalise(images.to(device))).cpu(), labels) for images, labels in loader]
     logits, labels = zip(*batches)
     return torch.cat(logits), torch.cat(labels)
 

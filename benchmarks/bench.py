@@ -19,23 +19,23 @@ import albumentations as A
 import torch
 from albumentations.pytorch import ToTensorV2
 from torch.utils.benchmark import Timer
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import utils
-from dataset import CORES, MEAN, STD, load_dataset, make_loader, train_transform
+from dataset import CORES, MEAN, STD, load_dataset, make_loader, normalise, train_transform
 from model import Dropout, Network, Unit, blueprint, build_network, conv, count_macs
 from short import SCHEDULE
 
 OURS, SHORT = "NetDilated, as the notebook trains it", "NetDilated, short schedule"
 DEFAULTS = "NetDilated, PyTorch's defaults"
-SIDES = {  # network, batch size, sizes of images, whether trained as here or with PyTorch's defaults, as published
-    OURS: ("NetDilated", 256, [32], True), SHORT: ("NetDilated", SCHEDULE["batch_size"], SCHEDULE["sizes"], True),
-    DEFAULTS: ("NetDilated", 256, [32], False),
-    "PublishedDilated, as published": ("PublishedDilated", 256, [32], False),
-    "PublishedDepthwise, as published": ("PublishedDepthwise", 512, [32], False),
+SIDES = {  # network, batch size, sizes of images step by step, whether trained as here or with PyTorch's defaults
+    OURS: ("NetDilated", 256, 8 * [32], True), SHORT: ("NetDilated", SCHEDULE["batch_size"], 2 * SCHEDULE["sizes"], True),
+    DEFAULTS: ("NetDilated", 256, 8 * [32], False),
+    "PublishedDilated, as published": ("PublishedDilated", 256, 4 * [32], False),
+    "PublishedDepthwise, as published": ("PublishedDepthwise", 512, 2 * [32], False),
 }
 PUBLISHED_EPOCHS = {"PublishedDilated, as published": 150, "PublishedDepthwise, as published": 98}  # to 85 %
 
@@ -43,13 +43,15 @@ PUBLISHED_EPOCHS = {"PublishedDilated, as published": 150, "PublishedDepthwise, 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--images", type=int, default=1024, help="images in each measurement")
+    parser.add_argument("--seconds", type=float, default=3, help="of each measurement, at least")
+    parser.add_argument("--images", type=int, default=16384, help="images that the loaders deliver, and the largest batch")
     parser.add_argument("--data", default="CIFAR-10", help="CIFAR-10 or built-in")
     parser.add_argument("--output", type=Path, default=HERE / "results.json")
     options = parser.parse_args(arguments)
     device = utils.pick_device()
     results = {"hardware": utils.hardware(device), "data": options.data, "date": date.today().isoformat(),
-               "versions": utils.versions(), "repeats": options.repeats, "images": options.images}
+               "versions": utils.versions(), "repeats": options.repeats, "seconds": options.seconds,
+               "images": options.images}
     print(f"{results['hardware']}, {options.data}, medians of {options.repeats}")
     results["training step"] = training_step(options)
     results["time to 85 %"] = time_to_85(results["training step"], HERE / "short.json")
@@ -73,7 +75,7 @@ def training_step(options):
     sides = {}
     for name, side in SIDES.items():
         pipe, other = processes.Pipe()
-        process = processes.Process(target=serve_side, args=(other, options.images, *side), daemon=True)
+        process = processes.Process(target=serve_side, args=(other, options, *side), daemon=True)
         process.start()
         sides[name] = pipe, process
     for pipe, _ in sides.values():
@@ -94,23 +96,22 @@ def training_step(options):
     return rows
 
 
-def serve_side(pipe, images, network, batch_size, sizes, ours):
-    """Measure one side whenever asked, in a process of its own: a rate over all sizes, on as many images of each."""
-    batch_size = min(batch_size, images)
-    rounds = max(1, images // batch_size // len(sizes))
+def serve_side(pipe, options, network, batch_size, sizes, ours):
+    """Measure one side whenever asked, in a process of its own: the rate over steps of these sizes."""
+    batch_size = min(batch_size, options.images)
     if ours:
         device = utils.pick_device()
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        utils.mixed_precision = lambda device: None
+        utils.mixed_precision, utils.normalise = lambda device: None, lambda images: images  # their loaders did
         Dropout.forward = torch.nn.Dropout.forward
-    train = trainer(build_network(network), batch_size, rounds * sizes, device,
+    train = trainer(build_network(network), batch_size, sizes, device,
                     torch.channels_last if ours else torch.contiguous_format)
     train()
     pipe.send("ready")
     while True:
         if pipe.recv() == "measure":
-            pipe.send(rounds * len(sizes) * batch_size / seconds(train))
+            pipe.send(len(sizes) * batch_size / seconds(train, options.seconds))
         elif device.type == "cuda":
             pipe.send(torch.cuda.max_memory_allocated() / 2**20)
         else:
@@ -121,8 +122,9 @@ def trainer(model, batch_size, sizes, device, memory_format):
     """Return a function that trains the model for a step at each of the sizes on one random batch, with the training
     loop itself."""
     model.to(device, memory_format=memory_format)
-    images = torch.randn(batch_size, 3, 32, 32, device=device).to(memory_format=memory_format)
-    batch = images, torch.randint(10, (batch_size,), device=device)
+    batch = torch.randint(256, (batch_size, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (batch_size,))
+    if memory_format == torch.contiguous_format:
+        batch = normalise(batch[0]).contiguous(), batch[1]
     optimizer = utils.make_optimizer(model, 0.01, 5e-4)
     return lambda: [utils.train(model, [batch] * count, optimizer, size=size) for size, count in Counter(sizes).items()]
 
@@ -161,22 +163,20 @@ class StudentDataset(Dataset):
 
 
 def input_pipeline(options):
-    """Images a second that loaders deliver, against the bare albumentations calls in a loop, on one core."""
-    dataset = load_dataset("train", options.data)
-    transform, sample = train_transform(), dataset.data[:options.images]
-    student = StudentDataset(dataset.data, dataset.targets)
-
-    def bare():
-        for image in sample:
-            transform(image=image)
-        return len(sample)
-
-    sides = {"albumentations alone, in a loop": bare}
+    """Images a second that loaders deliver, against as many processes that only call albumentations in a loop."""
+    train_set = load_dataset("train", options.data)
+    images = range(min(options.images, len(train_set)))
+    dataset, student = (Subset(whole, images) for whole in (train_set, StudentDataset(train_set.data, train_set.targets)))
+    sides, limits, batch_size = {}, {}, min(256, len(images))
     for workers in range(1, min(2, CORES) + 1):
-        ours = make_loader(dataset, 256, True, workers)
-        theirs = DataLoader(student, 256, shuffle=True, num_workers=workers, persistent_workers=True)
+        number = f"{workers} worker{'s' * (workers > 1)}"
+        limit = f"albumentations alone, {number}"
+        sides[limit] = bare(train_set.data[:len(images)], workers)
+        ours = make_loader(dataset, batch_size, True, workers)
+        theirs = DataLoader(student, batch_size, shuffle=True, num_workers=workers, persistent_workers=True)
         for name, loader in (("ours", ours), ("student's", theirs)):
-            sides[f"{name}, {workers} worker{'s' * (workers > 1)}"] = lambda loader=loader: sum(len(y) for _, y in loader)
+            sides[f"{name}, {number}"] = lambda loader=loader: sum(len(labels) for _, labels in loader)
+        limits |= dict.fromkeys(list(sides)[-3:], limit)
     for deliver in sides.values():
         deliver()  # starts the workers
     rates = {name: [] for name in sides}
@@ -185,25 +185,50 @@ def input_pipeline(options):
             start = time.perf_counter()
             count = deliver()
             rates[name].append(count / (time.perf_counter() - start))
-    print(f"\n{'input pipeline':38} images/s  lowest  highest  of the bare rate")
+    print(f"\n{'input pipeline':38} images/s  lowest  highest  of the limit")
     rows = {}
     for name, values in rates.items():
-        share = statistics.median(one / limit for one, limit in zip(values, rates["albumentations alone, in a loop"]))
-        rows[name] = {**spread(values), "of_the_bare_rate": share}
+        share = statistics.median(one / limit for one, limit in zip(values, rates[limits[name]]))
+        rows[name] = {**spread(values), "of_the_limit": share}
         print("{:38} {:8.0f} {:7.0f} {:8.0f} {:10.0%}".format(name, *rows[name].values()))
     return rows
 
 
+def bare(images, workers):
+    """Return a function that has as many processes each augment all of the images, and returns how many that were."""
+    processes, pipes = multiprocessing.get_context("spawn" if sys.platform == "win32" else "fork"), []
+    for _ in range(workers):
+        pipe, other = processes.Pipe()
+        processes.Process(target=serve_bare, args=(other, images), daemon=True).start()
+        pipes.append(pipe)
+
+    def deliver():
+        for pipe in pipes:
+            pipe.send("augment")
+        return sum(pipe.recv() for pipe in pipes)
+
+    return deliver
+
+
+def serve_bare(pipe, images):
+    """Augment the images whenever asked, in a process of its own."""
+    transform = train_transform()
+    while pipe.recv():
+        for image in images:
+            transform(image=image)
+        pipe.send(len(images))
+
+
 def waiting(options, device):
     """The share of an epoch that the training loop spends waiting for its loader, in percent."""
-    dataset = load_dataset("train", options.data)
-    loader, model = make_loader(dataset, 256, True), build_network("NetDilated")
+    train_set = load_dataset("train", options.data)
+    loader, model = make_loader(train_set, 256, True), build_network("NetDilated")
     model.to(device, memory_format=torch.channels_last)
     optimizer, waits = utils.make_optimizer(model, 0.01, 5e-4), []
 
-    def watched(batches=max(1, options.images * options.repeats // 256)):
+    def watched():
         iterator = iter(loader)
-        for _ in range(min(batches, len(loader))):
+        for _ in range(max(1, min(options.images, len(train_set)) // 256)):
             start = time.perf_counter()
             batch = next(iterator)
             waits.append(time.perf_counter() - start)
@@ -237,10 +262,10 @@ def growth(options, device):
     rows = {}
     for name, (model, size) in trainers.items():
         size = min(size, options.images)
-        steps = max(1, options.images // 2 // size)
-        train = trainer(model, size, [32] * steps, device, torch.channels_last)
+        steps = max(1, min(options.images, 512) // size)
+        train = trainer(model, size, steps * [32], device, torch.channels_last)
         train()
-        times = [1000 * seconds(train) / (steps * size) for _ in range(min(3, options.repeats))]
+        times = [1000 * seconds(train, options.seconds / 3) / (steps * size) for _ in range(min(3, options.repeats))]
         rows[name] = spread(times)
         print("{:38} {:8.3f} {:7.3f} {:8.3f}".format(name, *rows[name].values()))
     return rows
@@ -272,9 +297,11 @@ def arithmetic(steps, device):
     return {"training step": step, "matrix product": product, "type": str(dtype), "share": step / product}
 
 
-def seconds(function):
-    """Time one call, on all cores (a Timer's own default is one) and to the end of what it asks of a GPU."""
-    return Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads()).timeit(1).mean
+def seconds(function, least=0):
+    """Time calls for at least so many seconds, on all cores (a Timer's own default is one) and to the end of what they
+    ask of a GPU; return the median of a call."""
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    return timer.blocked_autorange(min_run_time=least).median
 
 
 def spread(values):

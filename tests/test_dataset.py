@@ -95,6 +95,7 @@ def test_flip_and_shift_change_about_half_of_the_images(train_set):
 def test_batches_are_the_same_at_any_number_of_workers(train_set):
     cores = len(os.sched_getaffinity(0))
     epochs = [epoch(make_loader(train_set, 256, True, workers, seed=3)) for workers in {0, 1, min(2, cores)}]
+    assert epochs[0].shape == (2000, 32, 32, 3) and epochs[0].dtype == torch.uint8
     assert all(torch.equal(epochs[0], other) for other in epochs[1:])
 
 
@@ -128,10 +129,12 @@ print("workers:", loader.num_workers, sum(len(labels) for _, labels in loader))"
 def test_a_worker_that_dies_is_named(root):
     code = f"""import os, signal, sys; sys.path.insert(0, {str(HERE)!r})
 from dataset import load_dataset, make_loader
-batches = iter(make_loader(load_dataset("train", "built-in", root={str(root)!r}), 50, True, num_workers=1))
+loader = make_loader(load_dataset("train", "built-in", root={str(root)!r}), 50, True, num_workers=1)
+batches = iter(loader)
 next(batches)
-os.kill(batches._workers[0].pid, signal.SIGKILL)
-print(batches._workers[0].pid, flush=True)
+worker = loader._iterator._workers[0].pid
+os.kill(worker, signal.SIGKILL)
+print(worker, flush=True)
 list(batches)"""
     run = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
     assert run.returncode

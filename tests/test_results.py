@@ -137,3 +137,23 @@ def test_the_first_cell_asks_for_the_modules_in_colab(chosen, missing, tmp_path,
     source = TransformerManager().transform_cell("".join(first["source"]))
     with pytest.raises(FileNotFoundError, match=missing) if missing else contextlib.nullcontext():
         exec(source, {})
+
+
+def test_readme_shows_the_benchmark():
+    text = (HERE / "README.md").read_text()
+    results, short = (json.loads((HERE / "benchmarks" / f"{name}.json").read_text()) for name in ("results", "short"))
+    for name, row in results["training step"].items():
+        assert (f"| {name} | {row['median']:.0f} | {row['lowest']:.0f}, {row['highest']:.0f} | {row['peak_mb']:.0f} MB | "
+                f"{row['ours_is_faster']:.2f} times |") in text
+    for name, times in results["time to 85 %"]["ours_is_faster"].items():
+        assert re.search(rf"\| {name} \| \d+ \| .* \| {times:.0f} times \|", text)
+    for name, row in results["input pipeline"].items():
+        assert f"| {name} | {row['median']:.0f} | {row['lowest']:.0f}, {row['highest']:.0f} | {row['of_the_limit']:.0%} |" in text
+    assert f"waits {results['waiting for data, %']:.1f} % of its time" in text
+    accuracies = [run["test_accuracy"] for run in short["runs"]]
+    assert f"{' / '.join(f'{accuracy:.2f}' for accuracy in accuracies)} % with seeds 0, 1 and 2" in text
+    assert short["mean_test_accuracy"] == pytest.approx(sum(accuracies) / 3) and f"**{sum(accuracies) / 3:.2f} %**" in text
+    settings = json.dumps({name: value for name, value in short["schedule"].items()})[1:-1]
+    assert settings in text
+    notebook = json.loads((HERE / "S9.ipynb").read_text())
+    assert any(settings in "".join(cell["source"]) for cell in notebook["cells"])
