@@ -57,8 +57,13 @@ def normalise(images):
     """Return uint8 (N, H, W, 3) images as float32 (N, 3, H, W), mean 0 and standard deviation 1 by channel.
 
     The result is a view of channels_last memory, the layout in which convolutions are fastest.
+
+    Raises:
+        ValueError: the images are of another shape, as normalised ones are.
     """
     images = torch.as_tensor(images)
+    require("shape of the images", tuple(images.shape), "(N, H, W, 3), uint8 images as make_loader's loaders deliver",
+            images.ndim == 4 and images.shape[3] == 3)
     mean, std = (255 * torch.tensor(values, device=images.device).repeat(images.shape[2]) for values in (MEAN, STD))
     rows = images.flatten(2).to(torch.float32, copy=True)  # by whole rows of pixels, three times as fast
     return rows.sub_(mean).div_(std).view(images.shape).permute(0, 3, 1, 2)

@@ -87,7 +87,6 @@ ALLOWED = {
                lambda value: value is None or str(value).split(":")[0] in _devices()),
     "folder": ("the path of a folder", lambda value: isinstance(value, (str, Path)) and not Path(value).is_file()),
     "checkpoint": ("None or the path of a file", lambda value: value is None or isinstance(value, (str, Path))),
-    "temperature": ("a number above 0", lambda value: is_number(value) and value > 0),
     "picture": ("None or the path of a picture", lambda value: value is None or isinstance(value, (str, Path))),
     "restart": ("True or False", lambda value: isinstance(value, bool)),
     "retrain": (f"a list of published networks, of {', '.join(list(NETWORKS)[1:])}",

@@ -78,6 +78,12 @@ def test_normalise_gives_mean_0_and_deviation_1():
     torch.testing.assert_close(normalise(pixels).flatten(2)[0], torch.tensor([[1.0, -1.0]] * 3))
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 32, 32), (32, 32, 3), (4, 32, 32, 1)])
+def test_images_that_are_normalised_already_are_refused(shape):
+    with pytest.raises(ValueError, match=r"shape of the images is \(.*\): choose \(N, H, W, 3\)"):
+        normalise(torch.zeros(shape))
+
+
 def test_transforms_make_32x32_uint8():
     for transform in (train_transform(), dataset.test_transform()):
         image = transform(image=np.zeros((48, 40, 3), np.uint8))["image"]
