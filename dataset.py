@@ -2,7 +2,6 @@
 import os
 import pickle
 import random
-import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -217,11 +216,6 @@ def make_loader(dataset, batch_size=256, shuffle=False, num_workers=None, seed=0
             type(batch_size) is int and 1 <= batch_size <= len(dataset))
     require("num_workers", num_workers, f"0 to {CORES}, the number of cores",
             type(num_workers) is int and 0 <= num_workers <= CORES)
-    shared, needed = Path("/dev/shm"), 2 * num_workers * batch_size * 3 * 32 * 32  # each prefetches two batches
-    if num_workers and shared.exists() and shutil.disk_usage(shared).free < needed:
-        print(f"{shared} has {shutil.disk_usage(shared).free >> 20} MB free, too little for {num_workers} worker "
-              "processes: loading without them (in Docker, --shm-size=1g gives more)")
-        num_workers = 0
     order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if shuffle else None
     return _Loader(
         dataset, batch_size, sampler=order, num_workers=num_workers, collate_fn=_collate,
@@ -231,7 +225,8 @@ def make_loader(dataset, batch_size=256, shuffle=False, num_workers=None, seed=0
 
 
 class _Loader(DataLoader):
-    """Makes tensors of the arrays that workers hand over, which takes less than handing over tensors."""
+    """Makes tensors of the arrays that workers hand over: tensors would take longer, and shared memory, of which Docker
+    has little."""
 
     def __iter__(self):
         return ((torch.from_numpy(images), torch.tensor(labels)) for images, labels in super().__iter__())

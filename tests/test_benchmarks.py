@@ -16,7 +16,8 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CIFAR10_ROOT", str(folder))
-        results = bench.main(["--images", "32", "--seconds", "0", "--repeats", "1", "--data", "built-in", "--output", str(folder / "r.json")])
+        results = bench.main(["--images", "32", "--seconds", "0", "--repeats", "1", "--data", "built-in",
+                              "--output", str(folder / "r.json")])
     assert json.loads((folder / "r.json").read_text()) == results
     return results
 
