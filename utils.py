@@ -87,6 +87,7 @@ ALLOWED = {
                lambda value: value is None or str(value).split(":")[0] in _devices()),
     "folder": ("the path of a folder", lambda value: isinstance(value, (str, Path)) and not Path(value).is_file()),
     "checkpoint": ("None or the path of a file", lambda value: value is None or isinstance(value, (str, Path))),
+    "temperature": ("a number above 0", lambda value: is_number(value) and value > 0),
     "picture": ("None or the path of a picture", lambda value: value is None or isinstance(value, (str, Path))),
     "restart": ("True or False", lambda value: isinstance(value, bool)),
     "retrain": (f"a list of published networks, of {', '.join(list(NETWORKS)[1:])}",
@@ -261,10 +262,11 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
     device = pick_device(device)
     model.to(device, memory_format=torch.channels_last)
     run = _Run(model, train_loader, epochs, max_lr, weight_decay, checkpoint, sizes)
-    print(f"{epochs} epochs on {hardware(device)}, data: {run.recipe['data']}")
     with _alone(checkpoint), _interrupts_noted() as interrupts:
         if checkpoint and not restart:
             run.resume()
+        if run.steps_done() < run.steps:
+            print(f"{epochs} epochs on {hardware(device)}, data: {run.recipe['data']}")
         print("epoch  train loss  train acc %  test loss  test acc %  seconds")
         for epoch, row in enumerate(zip(*run.history.values()), 1):
             print(ROW.format(epoch, *row))
@@ -698,7 +700,11 @@ def classify(model, sources, count=5, temperature=1.0, classes=CLASSES):
 
     Returns:
         a list of lists, or, for one picture, its list.
+
+    Raises:
+        ValueError: a source is no picture, or the temperature is not above 0.
     """
+    check_settings(temperature=temperature)
     if not isinstance(sources, list):
         return classify(model, [sources], count, temperature, classes)[0]
     device, shrink = next(model.parameters()).device, test_transform()
@@ -972,6 +978,7 @@ def plot_reliability(dataset, logits, path, temperature=1.0, bins=15):
     """Draw the accuracy over the confidence of (N, classes) logits in bins of equal width, which is the diagonal where
     probabilities are right, with the `calibration_error`: of the logits as they are and, if that is not 1, divided by
     the temperature. Save to `path`, return the figure."""
+    check_settings(temperature=temperature)
     base = _base(dataset)
     figure, axis = plt.subplots(figsize=(6, 4.6), layout="constrained")
     axis.plot([0, 100], [0, 100], color="grey", linestyle="--", label="probabilities that are right")

@@ -131,6 +131,8 @@ def test_classify_one_and_many(tmp_path):
     assert [name for ((name, _),) in many] == ["ship", "truck"] * 50
     softer = utils.classify(Brightness(), bright, temperature=4.0)
     assert 0.5 < softer[0][1] < one[0][1]
+    with pytest.raises(ValueError, match="^temperature is 0: choose a number above 0$"):
+        utils.classify(Brightness(), bright, temperature=0)
     assert {name for name, _ in utils.classify(Brightness(), dark, count=10)} == set(CLASSES)
 
 

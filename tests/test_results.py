@@ -87,6 +87,27 @@ def test_readme_shows_the_facts():
     assert f"| at least 85 % test accuracy | {accuracy:.2f} % |" in text
 
 
+def test_the_temperature_is_that_of_the_run_that_held_images_out():
+    held_out = utils.load_facts("NetDilated", HERE / "weights" / "held-out")
+    facts, text = utils.load_facts("NetDilated", HERE / "weights"), (HERE / "README.md").read_text()
+    assert held_out["settings"] == {"sizes": None, **facts["settings"], "validation_size": 5000}
+    assert facts["temperature"] == round(held_out["temperature"], 2)
+    before, after = (f"{facts[name]:.1f}" for name in ("calibration_error", "calibrated_error"))
+    assert f"The temperature, {facts['temperature']}, tones" in text and f"from {before} to {after} %" in " ".join(text.split())
+    notebook = json.loads((HERE / "S9.ipynb").read_text())
+    assert sum(f'"temperature": {facts["temperature"]},' in "".join(cell["source"]) for cell in notebook["cells"]) == 1
+    assert sum(f"`temperature`, {facts['temperature']}." in "".join(cell["source"]) for cell in notebook["cells"]) == 1
+
+
+def test_the_temperature_fits_the_images_that_were_held_out(real_test_set):
+    model, facts = utils.load("NetDilated", HERE / "weights" / "held-out")
+    model.to(utils.pick_device(), memory_format=torch.channels_last)
+    held_out = load_dataset("validation", validation_size=facts["settings"]["validation_size"])
+    logits, labels = utils.predict(model, make_loader(held_out, 500))
+    assert utils.fit_temperature(logits, labels) == pytest.approx(facts["temperature"], rel=1e-2)
+    assert utils.score(logits, labels)[1] == pytest.approx(facts["test_accuracy"], abs=0.05)
+
+
 def test_readme_links_exist():
     text = (HERE / "README.md").read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]

@@ -169,6 +169,7 @@ IMPOSSIBLE = {
     "device": ["gpu", "cuda:99999" if not torch.cuda.is_available() else "tpu", 3], "folder": [None, 3, __file__],
     "retrain": ["PublishedDilated", ["NetDilated"], None], "retrain_epochs": [0], "restart": [1, "yes", None],
     "checkpoint": [3, ["file"], True], "picture": [3, ["file"]], "sizes": [32, [], [7], [16.0], (16, 32)],
+    "temperature": [0, -1.0, float("inf"), "1.2", None],
 }
 
 
@@ -188,7 +189,7 @@ def test_possible_settings_pass():
     utils.check_settings(network="NetDilated", data="CIFAR-10", epochs=1, batch_size=1, max_lr=1, weight_decay=0,
                          augmentation=1, seed=2**32 - 1, num_workers=None, validation_size=0, device="cpu",
                          folder="weights", retrain=["PublishedDilated"], retrain_epochs=1, restart=True,
-                         checkpoint="checkpoints/NetDilated.pt", picture=None, sizes=[32])
+                         checkpoint="checkpoints/NetDilated.pt", temperature=1, picture=None, sizes=[32])
     utils.check_settings(epochs=2, sizes=[16, 32])
 
 
@@ -314,7 +315,7 @@ def test_a_finished_run_shows_its_epochs_again(root, tmp_path, capsys):
     first = capsys.readouterr().out
     fit_tiny(root, 2, checkpoint=tmp_path / "checkpoint.pt")
     again = capsys.readouterr().out.splitlines()
-    assert again[1].endswith("finished before, loaded") and again[2:] == first.splitlines()[1:]
+    assert again[0].endswith("finished before, loaded") and again[1:] == first.splitlines()[1:]
 
 
 def test_restart_starts_afresh(root, tmp_path):
