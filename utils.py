@@ -74,6 +74,7 @@ ALLOWED = {
     "data": (f"one of {', '.join(DATASETS)}", lambda value: value in list(DATASETS)),
     "epochs": ("a whole number, 1 or more", _whole(1)),
     "batch_size": ("a whole number, 1 or more", _whole(1)),
+    "optimizer": ("SGD or Muon", lambda value: value in ("SGD", "Muon")),
     "max_lr": ("a number above 0", lambda value: is_number(value) and value > 0),
     "weight_decay": ("a number, 0 or more", lambda value: is_number(value) and value >= 0),
     "augmentation": ("a probability, 0 to 1", lambda value: is_number(value) and 0 <= value <= 1),
@@ -220,19 +221,60 @@ def score(logits, labels):
     return F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).float().mean().item()
 
 
-def make_optimizer(model, max_lr, weight_decay):
-    """Return SGD with Nesterov momentum 0.9; weights decay, but not norms and biases."""
+def make_optimizer(model, max_lr, weight_decay, name="SGD"):
+    """Return SGD with Nesterov momentum 0.9, or `Muon`; weights decay, but not norms and biases."""
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=max_lr, momentum=0.9, nesterov=True)
+    mixing = [weight for weight in weights[:-1] if weight.ndim == 4 and weight.shape[1] > 1] if name == "Muon" else []
+    decayed = [weight for weight in weights if id(weight) not in map(id, mixing)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups += [{"params": mixing, "weight_decay": 0.0, "orthogonal": True}] if mixing else []
+    return OPTIMIZERS[name](groups, lr=max_lr, momentum=0.9, nesterov=True)
+
+
+class Muon(torch.optim.SGD):
+    """SGD whose steps for the parameters of "orthogonal" groups are orthogonal matrices.
+
+    Such a parameter is the weight of a convolution that mixes channels and has a batch norm behind it, which makes its
+    size meaningless: its norm is kept at the root of its outputs. Each step is its momentum, made orthogonal, times
+    `ratio` of the learning rate, so that all directions change equally fast, those of small gradients too. Jordan et al.,
+    https://kellerjordan.github.io/posts/muon/ (`torch.optim.Muon` takes no convolutions).
+    """
+
+    ratio = 0.1
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"] if group.get("orthogonal") else []:
+                state, momentum = self.state[parameter], group["momentum"]
+                state["average"] = momentum * state.get("average", 0) + parameter.grad
+                step = orthogonalise((parameter.grad + momentum * state["average"]).flatten(1)).view_as(parameter)
+                parameter.mul_(len(parameter)**0.5 / parameter.norm()).sub_(step, alpha=self.ratio * group["lr"])
+                parameter.grad = None  # SGD passes over it
+        return super().step(closure)
+
+
+def orthogonalise(matrix):
+    """Return the matrix with its singular values all brought near 1 (0.6 to 1.3, those that are not tiny): five steps of
+    Jordan's Newton-Schulz iteration, https://kellerjordan.github.io/posts/muon/."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalise(matrix.T).T
+    matrix = matrix / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        square = matrix @ matrix.T
+        matrix = 3.4445 * matrix + (2.0315 * square @ square - 4.775 * square) @ matrix
+    return matrix
+
+
+OPTIMIZERS = {"SGD": torch.optim.SGD, "Muon": Muon}
 
 
 ROW = "{:5d}  {:10.4f}  {:11.2f}  {:9.4f}  {:10.2f}  {:7.1f}"
 
 
 def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4, device=None, checkpoint=None,
-        restart=False, sizes=None):
+        restart=False, sizes=None, optimizer="SGD"):
     """Train with a one-cycle schedule and return the history: a list for each column, an entry for each epoch. The
     loaders are those of `make_loader`, the first one shuffled.
 
@@ -240,6 +282,8 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
     the first quarter of the steps and falls to nearly zero. In the second half an exponential moving average of the
     weights is kept, over about a twentieth of the run: from then on it is what is tested, and in the end what `model`
     holds. The test set is only looked at, never chosen on: the last epoch is the result.
+
+    `optimizer` is "SGD" or "Muon"; see `Muon`.
 
     `sizes` are those of the training images in pixels, each for an equal share of the epochs: a short run is faster if
     it begins with small images and ends with those of full size. Tan and Le, EfficientNetV2,
@@ -256,12 +300,12 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
         FloatingPointError: the loss is no longer finite.
     """
     check_settings(epochs=epochs, max_lr=max_lr, weight_decay=weight_decay, checkpoint=checkpoint, restart=restart,
-                   sizes=sizes)
+                   sizes=sizes, optimizer=optimizer)
     require("train_loader", train_loader, "one of make_loader(dataset, shuffle=True)",
             getattr(train_loader.sampler, "generator", None) is not None)
     device = pick_device(device)
     model.to(device, memory_format=torch.channels_last)
-    run = _Run(model, train_loader, epochs, max_lr, weight_decay, checkpoint, sizes)
+    run = _Run(model, train_loader, epochs, max_lr, weight_decay, checkpoint, sizes, optimizer)
     with _alone(checkpoint), _interrupts_noted() as interrupts:
         if checkpoint and not restart:
             run.resume()
@@ -295,21 +339,21 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
 class _Run:
     """A training run and all of its state, which its checkpoint keeps."""
 
-    def __init__(self, model, loader, epochs, max_lr, weight_decay, checkpoint, sizes):
+    def __init__(self, model, loader, epochs, max_lr, weight_decay, checkpoint, sizes, optimizer):
         device, data = next(model.parameters()).device, _base(loader.dataset)
         self.loader, self.checkpoint, self.steps = loader, checkpoint, epochs * len(loader)
         decay = max(0.0, 1 - 20 / self.steps)
-        optimizer = make_optimizer(model, max_lr, weight_decay)
+        steps = make_optimizer(model, max_lr, weight_decay, optimizer)
         self.parts = {
-            "model": model, "optimizer": optimizer,
-            "scheduler": torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr, total_steps=self.steps, pct_start=0.25),
+            "model": model, "optimizer": steps,
+            "scheduler": torch.optim.lr_scheduler.OneCycleLR(steps, max_lr, total_steps=self.steps, pct_start=0.25),
             "scaler": torch.amp.GradScaler(device.type, 1024, enabled=mixed_precision(device) == torch.float16),
             "average": AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True),
         }
         self.recipe = {
             "network": type(model).__name__, "data": data.title, "images": len(loader.dataset), "epochs": epochs,
-            "batch_size": loader.batch_size, "max_lr": max_lr, "weight_decay": weight_decay, "averaging decay": decay,
-            "sizes": sizes, "augmentations": str(data.transform).splitlines(), "seed": data.seed,
+            "batch_size": loader.batch_size, "optimizer": optimizer, "max_lr": max_lr, "weight_decay": weight_decay,
+            "averaging decay": decay, "sizes": sizes, "augmentations": str(data.transform).splitlines(), "seed": data.seed,
             "layers": str(model).splitlines(),
         }
         self.history = {name: [] for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")}
@@ -501,8 +545,8 @@ def _alone(path):
 
 
 def run(network="NetDilated", data="CIFAR-10", epochs=90, batch_size=256, max_lr=0.3, weight_decay=5e-4,
-        augmentation=0.5, sizes=None, seed=0, num_workers=None, validation_size=0, device=None, checkpoint=None,
-        restart=False, folder="weights"):
+        augmentation=0.5, sizes=None, optimizer="SGD", seed=0, num_workers=None, validation_size=0, device=None,
+        checkpoint=None, restart=False, folder="weights"):
     """Train one network from scratch, save it with its facts in `folder`, and return the model and the facts.
 
     The whole experiment in one call, as the notebook does it step by step. `augmentation` is the probability that
@@ -511,7 +555,8 @@ def run(network="NetDilated", data="CIFAR-10", epochs=90, batch_size=256, max_lr
     fits them best.
     """
     settings = {"epochs": epochs, "batch_size": batch_size, "max_lr": max_lr, "weight_decay": weight_decay,
-                "augmentation": augmentation, "sizes": sizes, "seed": seed, "validation_size": validation_size}
+                "augmentation": augmentation, "sizes": sizes, "optimizer": optimizer, "seed": seed,
+                "validation_size": validation_size}
     check_settings(network=network, data=data, num_workers=num_workers, device=device, folder=folder,
                    checkpoint=checkpoint, restart=restart, **settings)
     seed_everything(seed)
@@ -520,7 +565,8 @@ def run(network="NetDilated", data="CIFAR-10", epochs=90, batch_size=256, max_lr
     train_loader = make_loader(train_set, batch_size, True, num_workers, seed)
     test_loader = make_loader(test_set, min(500, len(test_set)))
     model = build_network(network)
-    history = fit(model, train_loader, test_loader, epochs, max_lr, weight_decay, device, checkpoint, restart, sizes)
+    history = fit(model, train_loader, test_loader, epochs, max_lr, weight_decay, device, checkpoint, restart, sizes,
+                  optimizer)
     facts = save(model, history, settings, title_of(test_set), folder)
     if validation_size:
         facts = add_facts(facts, folder, temperature=fit_temperature(*predict(model, test_loader)))

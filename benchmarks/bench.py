@@ -31,8 +31,9 @@ from short import SCHEDULE
 
 OURS, SHORT = "NetDilated, as the notebook trains it", "NetDilated, short schedule"
 DEFAULTS = "NetDilated, PyTorch's defaults"
-SIDES = {  # network, batch size, sizes of images step by step, whether trained as here or with PyTorch's defaults
-    OURS: ("NetDilated", 256, 8 * [32], True), SHORT: ("NetDilated", SCHEDULE["batch_size"], 2 * SCHEDULE["sizes"], True),
+SIDES = {  # network, batch size, sizes of images step by step, whether trained as here or with PyTorch's defaults, optimizer
+    OURS: ("NetDilated", 256, 8 * [32], True),
+    SHORT: ("NetDilated", SCHEDULE["batch_size"], 2 * SCHEDULE["sizes"], True, SCHEDULE["optimizer"]),
     DEFAULTS: ("NetDilated", 256, 8 * [32], False),
     "PublishedDilated, as published": ("PublishedDilated", 256, 4 * [32], False),
     "PublishedDepthwise, as published": ("PublishedDepthwise", 512, 2 * [32], False),
@@ -96,7 +97,7 @@ def training_step(options):
     return rows
 
 
-def serve_side(pipe, options, network, batch_size, sizes, ours):
+def serve_side(pipe, options, network, batch_size, sizes, ours, optimizer="SGD"):
     """Measure one side whenever asked, in a process of its own: the rate over steps of these sizes."""
     batch_size = min(batch_size, options.images)
     if ours:
@@ -106,7 +107,7 @@ def serve_side(pipe, options, network, batch_size, sizes, ours):
         utils.mixed_precision, utils.normalise = lambda device: None, lambda images: images  # their loaders did
         Dropout.forward = torch.nn.Dropout.forward
     train = trainer(build_network(network), batch_size, sizes, device,
-                    torch.channels_last if ours else torch.contiguous_format)
+                    torch.channels_last if ours else torch.contiguous_format, optimizer)
     train()
     pipe.send("ready")
     while True:
@@ -118,14 +119,14 @@ def serve_side(pipe, options, network, batch_size, sizes, ours):
             pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
 
-def trainer(model, batch_size, sizes, device, memory_format):
+def trainer(model, batch_size, sizes, device, memory_format, optimizer="SGD"):
     """Return a function that trains the model for a step at each of the sizes on one random batch, with the training
     loop itself."""
     model.to(device, memory_format=memory_format)
     batch = torch.randint(256, (batch_size, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (batch_size,))
     if memory_format == torch.contiguous_format:
         batch = normalise(batch[0]).contiguous(), batch[1]
-    optimizer = utils.make_optimizer(model, 0.01, 5e-4)
+    optimizer = utils.make_optimizer(model, 0.01, 5e-4, optimizer)
     return lambda: [utils.train(model, [batch] * count, optimizer, size=size) for size, count in Counter(sizes).items()]
 
 

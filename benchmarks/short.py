@@ -12,7 +12,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import utils
 
-SCHEDULE = {"epochs": 7, "batch_size": 128, "augmentation": 0.1, "sizes": [16, 16, 20, 24, 24, 28, 32]}
+SCHEDULE = {"epochs": 4, "batch_size": 128, "augmentation": 0.1, "sizes": [16, 24, 28, 32], "optimizer": "Muon"}
 SEEDS = (0, 1, 2)
 
 

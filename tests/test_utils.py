@@ -1,5 +1,6 @@
 """Training, the rules, saving and the figures."""
 import contextlib
+import copy
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import utils
 from dataset import load_dataset, make_loader, normalise, test_transform as plain_transform, train_transform
-from model import NetDilated, Unit, conv
+from model import NetDilated, Unit, build_network, conv
 
 
 @pytest.fixture(scope="session")
@@ -150,6 +151,46 @@ def test_weights_decay_but_not_norms_and_biases():
     assert len(decayed["params"]) + len(others["params"]) == len(list(NetDilated().parameters()))
 
 
+@pytest.mark.parametrize("name", ["NetDilated", "PublishedDilated", "PublishedDepthwise"])
+def test_muon_has_each_parameter_once_and_makes_the_steps_of_hidden_convolutions_orthogonal(name):
+    model = build_network(name)
+    groups = utils.make_optimizer(model, 0.1, 5e-4, "Muon").param_groups
+    assert sorted(id(each) for group in groups for each in group["params"]) == sorted(map(id, model.parameters()))
+    (orthogonal,) = [group["params"] for group in groups if group.get("orthogonal")]
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    hidden = [key for key, module in model.named_modules() if isinstance(module, nn.Conv2d) and module.groups == 1][
+        :None if name == "NetDilated" else -1]  # the last one of the published networks makes the logits
+    assert [names[id(each)] for each in orthogonal] == [f"{key}.weight" for key in hidden]
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 40), (40, 8)])
+def test_orthogonalise_keeps_the_singular_vectors_and_brings_the_values_near_one(shape):
+    left, values, right = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), False)
+    values = torch.linspace(0.05, 1, len(values))
+    for scale in (1e-3, 1e3):
+        turned = left.T @ utils.orthogonalise(scale * (left * values) @ right) @ right.T
+        assert turned.diagonal().min() > 0.6 and turned.diagonal().max() < 1.3
+        assert (turned - turned.diagonal().diag()).abs().max() < 1e-3
+
+
+def test_a_step_of_muon(root):
+    """Recomputed: SGD for the linear layer, an orthogonal step of a tenth of the rate for the convolution."""
+    torch.manual_seed(0)
+    one = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    other = copy.deepcopy(one)
+    muon = utils.make_optimizer(one, 0.2, 0.01, "Muon")
+    sgd = torch.optim.SGD(other.parameters(), 0.2, momentum=0.9, nesterov=True, weight_decay=0.01)
+    batch = torch.randint(256, (20, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (20,))
+    before = one[0].weight.detach().clone()
+    utils.train(one, [batch], muon)
+    utils.train(other, [batch], sgd)
+    assert torch.equal(one[4].weight, other[4].weight)
+    gradient = other[0].weight.grad  # at the same weights
+    step = before * 8**0.5 / before.norm() - one[0].weight
+    torch.testing.assert_close(step, 0.02 * utils.orthogonalise(gradient.flatten(1)).view_as(step), rtol=0.02, atol=1e-4)
+    assert one[0].weight.norm().item() == pytest.approx(8**0.5, rel=0.02)
+
+
 @pytest.mark.parametrize("vendor, flags, dtype", [
     ("GenuineIntel", "avx2", None), ("GenuineIntel", "avx512_bf16", None),
     ("GenuineIntel", "avx512_bf16 amx_bf16", torch.bfloat16),
@@ -169,7 +210,7 @@ IMPOSSIBLE = {
     "device": ["gpu", "cuda:99999" if not torch.cuda.is_available() else "tpu", 3], "folder": [None, 3, __file__],
     "retrain": ["PublishedDilated", ["NetDilated"], None], "retrain_epochs": [0], "restart": [1, "yes", None],
     "checkpoint": [3, ["file"], True], "picture": [3, ["file"]], "sizes": [32, [], [7], [16.0], (16, 32)],
-    "temperature": [0, -1.0, float("inf"), "1.2", None],
+    "optimizer": ["Adam", None, []], "temperature": [0, -1.0, float("inf"), "1.2", None],
 }
 
 
@@ -189,7 +230,7 @@ def test_possible_settings_pass():
     utils.check_settings(network="NetDilated", data="CIFAR-10", epochs=1, batch_size=1, max_lr=1, weight_decay=0,
                          augmentation=1, seed=2**32 - 1, num_workers=None, validation_size=0, device="cpu",
                          folder="weights", retrain=["PublishedDilated"], retrain_epochs=1, restart=True,
-                         checkpoint="checkpoints/NetDilated.pt", temperature=1, picture=None, sizes=[32])
+                         checkpoint="checkpoints/NetDilated.pt", temperature=1, picture=None, sizes=[32], optimizer="Muon")
     utils.check_settings(epochs=2, sizes=[16, 32])
 
 
@@ -200,7 +241,7 @@ def test_sizes_that_no_epoch_would_have_are_refused():
 
 @pytest.mark.parametrize("name", ["network", "data", "epochs", "batch_size", "max_lr", "weight_decay", "augmentation",
                                   "seed", "num_workers", "validation_size", "device", "folder", "checkpoint",
-                                  "restart", "sizes"])
+                                  "restart", "sizes", "optimizer"])
 def test_run_refuses_impossible_settings_before_it_loads_data(name, monkeypatch):
     monkeypatch.setattr(utils, "load_dataset", lambda *arguments: pytest.fail("work began"))
     with pytest.raises(ValueError, match=f"^{name} is "):
@@ -210,7 +251,7 @@ def test_run_refuses_impossible_settings_before_it_loads_data(name, monkeypatch)
 def test_fit_refuses_impossible_settings(root):
     for arguments in ({"epochs": 0}, {"epochs": 1, "max_lr": 0}, {"epochs": 1, "weight_decay": -1},
                       {"epochs": 1, "device": "gpu"}, {"epochs": 1, "checkpoint": 3}, {"epochs": 1, "restart": 1},
-                      {"epochs": 1, "sizes": 16}):
+                      {"epochs": 1, "sizes": 16}, {"epochs": 1, "optimizer": "Adam"}):
         with pytest.raises(ValueError, match=f"^{list(arguments)[-1]} is "):
             utils.fit(Tiny(), *loaders(root), **arguments)
 
@@ -274,6 +315,16 @@ def test_an_interrupt_at_any_step_is_gone_on_from_to_the_same_weights(root, tmp_
     resumed, resumed_history = fit_tiny(root, 2, checkpoint=checkpoint)
     assert equal(state(whole), state(resumed))
     assert history["train_loss"] == resumed_history["train_loss"] and history["test_loss"] == resumed_history["test_loss"]
+
+
+def test_a_run_with_muon_goes_on_to_the_same_weights(root, tmp_path):
+    whole, history = fit_tiny(root, 2, optimizer="Muon", max_lr=0.1)
+    with after_step(27, lambda model: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(KeyboardInterrupt):
+        fit_tiny(root, 2, optimizer="Muon", max_lr=0.1, checkpoint=tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="optimizer: Muon there, SGD here"):
+        fit_tiny(root, 2, max_lr=0.1, checkpoint=tmp_path / "checkpoint.pt")
+    resumed = fit_tiny(root, 2, optimizer="Muon", max_lr=0.1, checkpoint=tmp_path / "checkpoint.pt")[0]
+    assert equal(state(whole), state(resumed)) and history["test_accuracy"][-1] > 20
 
 
 def test_the_weights_are_averaged_in_the_second_half(root, tmp_path):
