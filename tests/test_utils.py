@@ -390,7 +390,7 @@ def test_run_is_the_whole_experiment(root, tmp_path, monkeypatch):
     monkeypatch.setitem(utils.build_network.__globals__["NETWORKS"], "Tiny", lambda classes: Tiny())
     model, facts = utils.run("Tiny", "built-in", 2, 100, 0.1, num_workers=0, validation_size=400, folder=tmp_path)
     assert facts["settings"] == {"epochs": 2, "batch_size": 100, "max_lr": 0.1, "weight_decay": 5e-4, "augmentation": 0.5,
-                                 "sizes": None, "seed": 0, "validation_size": 400}
+                                 "sizes": None, "optimizer": "SGD", "seed": 0, "validation_size": 400}
     validation = make_loader(load_dataset("validation", "built-in", 400), 400)
     assert (facts["test_loss"], facts["test_accuracy"]) == pytest.approx(utils.test(model, validation))
     assert facts["temperature"] == utils.fit_temperature(*utils.predict(model, validation))
