@@ -559,6 +559,8 @@ def run(network="NetDilated", data="CIFAR-10", epochs=90, batch_size=256, max_lr
                 "validation_size": validation_size}
     check_settings(network=network, data=data, num_workers=num_workers, device=device, folder=folder,
                    checkpoint=checkpoint, restart=restart, **settings)
+    require("checkpoint", checkpoint, "another path, this is where the weights are saved",
+            checkpoint is None or Path(checkpoint) != Path(folder, f"{network}.pt"))
     seed_everything(seed)
     train_set = load_dataset("train", data, validation_size, train_transform(augmentation), seed)
     test_set = load_dataset("validation" if validation_size else "test", data, validation_size)

@@ -20,7 +20,7 @@ def main():
     runs = []
     for seed in SEEDS:
         folder = HERE.parent / "checkpoints" / f"short-{seed}"
-        runs.append(utils.run(**SCHEDULE, seed=seed, checkpoint=folder / "NetDilated.pt", folder=folder)[1])
+        runs.append(utils.run(**SCHEDULE, seed=seed, checkpoint=folder / "checkpoint.pt", folder=folder)[1])
     accuracies = [run["test_accuracy"] for run in runs]
     result = {"schedule": SCHEDULE, "mean_test_accuracy": statistics.mean(accuracies),
               "deviation": statistics.stdev(accuracies), "runs": runs}

@@ -248,6 +248,11 @@ def test_run_refuses_impossible_settings_before_it_loads_data(name, monkeypatch)
         utils.run(**{"epochs": 1, name: IMPOSSIBLE[name][0]})
 
 
+def test_run_refuses_a_checkpoint_that_its_weights_would_replace(tmp_path):
+    with pytest.raises(ValueError, match="^checkpoint is .*: choose another path, this is where the weights are saved$"):
+        utils.run("NetDilated", "built-in", 1, checkpoint=str(tmp_path / "NetDilated.pt"), folder=tmp_path)
+
+
 def test_fit_refuses_impossible_settings(root):
     for arguments in ({"epochs": 0}, {"epochs": 1, "max_lr": 0}, {"epochs": 1, "weight_decay": -1},
                       {"epochs": 1, "device": "gpu"}, {"epochs": 1, "checkpoint": 3}, {"epochs": 1, "restart": 1},
