@@ -4,10 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import bench
+import short
+import tries
+import utils
 from model import build_network, count_parameters
 
 
@@ -62,3 +66,50 @@ def test_the_network_as_wide_as_ours_is_ours():
     ours, same = build_network("NetDilated"), bench.widened(1)
     assert [tuple(p.shape) for p in same.parameters()] == [tuple(p.shape) for p in ours.parameters()]
     assert count_parameters(bench.widened(2)) > 3 * count_parameters(same)
+
+
+def test_the_network_of_the_tries_is_ours_unless_told_otherwise():
+    ours, same, images = build_network("NetDilated"), tries.Try(), torch.randn(2, 3, 32, 32)
+    same.load_state_dict(ours.state_dict())
+    assert torch.equal(ours.eval()(images), same.eval()(images))
+
+
+@pytest.mark.parametrize("name", tries.IDEAS)
+def test_every_try_keeps_the_rules(name):
+    network = tries.Try(**tries.IDEAS[name][0])
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(layer.weight)  # gradients see nothing of a unit that begins as the identity
+    assert all(holds for _, _, holds in utils.check_rules(network))
+
+
+def test_a_try_writes_its_row_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tries, "HERE", tmp_path / "benchmarks")
+    monkeypatch.setattr(tries, "SCHEDULE", {"data": "built-in", "epochs": 1, "batch_size": 100, "validation_size": 400})
+    monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path))
+    (tmp_path / "benchmarks").mkdir()
+    ratios = []
+    monkeypatch.setattr(utils.Muon, "step", lambda self, closure=None: ratios.append(self.ratio))
+    tries.main(["as it is", "Muon, ratio 0.25"])
+    rows = json.loads((tmp_path / "benchmarks" / "tries.json").read_text())
+    assert list(rows) == ["as it is", "Muon, ratio 0.25"] and set(ratios) == {0.25} and utils.Muon.ratio == 0.1
+    row = rows["Muon, ratio 0.25"]
+    assert row["settings"]["optimizer"] == "Muon" and row["settings"]["validation_size"] == 400
+    assert row["parameters"] == count_parameters(build_network("NetDilated")) and row["seconds_an_epoch"] > 0
+    capsys.readouterr()
+    tries.main(["as it is"])
+    assert "epoch" not in capsys.readouterr().out
+
+
+def test_the_short_schedule_takes_finished_runs_as_they_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(short, "HERE", tmp_path / "benchmarks")
+    monkeypatch.setattr(short, "SCHEDULE", {"data": "built-in", "epochs": 2, "batch_size": 500})
+    monkeypatch.setattr(short, "SEEDS", (0, 1))
+    monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path))
+    (tmp_path / "benchmarks").mkdir()
+    short.main()
+    first = (tmp_path / "benchmarks" / "short.json").read_text()
+    capsys.readouterr()
+    short.main()
+    assert (tmp_path / "benchmarks" / "short.json").read_text() == first
+    assert capsys.readouterr().out.count("finished before, loaded") == 2

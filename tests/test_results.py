@@ -189,3 +189,10 @@ def test_readme_shows_the_benchmark():
     notebook = json.loads((HERE / "S9.ipynb").read_text())
     (hurry,) = ["".join(cell["source"]) for cell in notebook["cells"] if settings in "".join(cell["source"])]
     assert f"{sum(accuracies) / 3:.2f} %" in hurry
+
+
+def test_readme_shows_the_tries():
+    text, tries = (HERE / "README.md").read_text(), json.loads((HERE / "benchmarks" / "tries.json").read_text())
+    for name, row in tries.items():
+        assert (f"| {name} | {row['parameters']:,} | {row['macs'] / 1e6:.1f} M | {row['seconds_an_epoch']:.0f} | "
+                f"{row['test_accuracy']:.2f} | {row['test_loss']:.3f} |") in text
