@@ -23,19 +23,18 @@ SCHEDULE = {"epochs": 10, "augmentation": 0.25, "validation_size": 10_000}
 
 
 class Try(Network):
-    """NetDilated with other widths, kernels or units; as it is by default."""
+    """NetDilated with other kernels or units; as it is by default."""
 
-    def __init__(self, num_classes=10, stem=(48, 48, 96), widths=9 * (112,), kernels=9 * (3,), unit=Unit, inside=False):
-        def pair(channels_in, channels, kernel, stride, dilation):
-            inner = [nn.BatchNorm2d(channels), nn.SiLU()] if inside else []
-            return nn.Sequential(conv(channels_in, channels, 1), *inner, Depthwise(channels, kernel, stride, dilation))
+    def __init__(self, num_classes=10, kernels=9 * (3,), unit=Unit, inside=False):
+        def pair(channels_in, kernel, stride, dilation):
+            inner = [nn.BatchNorm2d(112), nn.SiLU()] if inside else []
+            return nn.Sequential(conv(channels_in, 112, 1), *inner, Depthwise(112, kernel, stride, dilation))
 
-        a, b, c = stem
-        rows = zip((c, *widths), widths, kernels, 3 * (1, 1, 2), (1, 1, 1, 1, 2, 1, 1, 1, 1))
-        units = [unit(pair(*row), row[1]) for row in rows]
-        super().__init__([unit(conv(3, a), a), unit(conv(a, b), b), unit(conv(b, c, stride=2), c)],
+        rows = zip((96, *8 * (112,)), kernels, 3 * (1, 1, 2), (1, 1, 1, 1, 2, 1, 1, 1, 1))
+        units = [unit(pair(*row), 112) for row in rows]
+        super().__init__([unit(conv(3, 48), 48), unit(conv(48, 48), 48), unit(conv(48, 96, stride=2), 96)],
                          units[:3], units[3:6], units[6:],
-                         [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes)])
+                         [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(112, num_classes)])
 
 
 class QuietUnit(Unit):
