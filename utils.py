@@ -247,6 +247,8 @@ class Muon(torch.optim.SGD):
     def step(self, closure=None):
         for group in self.param_groups:
             for parameter in group["params"] if group.get("orthogonal") else []:
+                if parameter.grad is None:  # as SGD does
+                    continue
                 state, momentum = self.state[parameter], group["momentum"]
                 state["average"] = momentum * state.get("average", 0) + parameter.grad
                 step = orthogonalise((parameter.grad + momentum * state["average"]).flatten(1)).view_as(parameter)

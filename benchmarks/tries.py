@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import torch.nn.functional as F
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
@@ -23,18 +24,35 @@ SCHEDULE = {"epochs": 10, "augmentation": 0.25, "validation_size": 10_000}
 
 
 class Try(Network):
-    """NetDilated with other kernels or units; as it is by default."""
+    """NetDilated with other widths, kernels, units or sizes of the map; as it is by default."""
 
-    def __init__(self, num_classes=10, kernels=9 * (3,), unit=Unit, inside=False):
-        def pair(channels_in, kernel, stride, dilation):
-            inner = [nn.BatchNorm2d(112), nn.SiLU()] if inside else []
-            return nn.Sequential(conv(channels_in, 112, 1), *inner, Depthwise(112, kernel, stride, dilation))
+    def __init__(self, num_classes=10, size=None, first=(48, 48, 96), widths=(112, 112, 112), kernels=9 * (3,), unit=Unit,
+                 inside=False):
+        def pair(channels_in, channels, kernel, stride, dilation):
+            inner = [nn.BatchNorm2d(channels), nn.SiLU()] if inside else []
+            return nn.Sequential(conv(channels_in, channels, 1), *inner, Depthwise(channels, kernel, stride, dilation))
 
-        rows = zip((96, *8 * (112,)), kernels, 3 * (1, 1, 2), (1, 1, 1, 1, 2, 1, 1, 1, 1))
-        units = [unit(pair(*row), 112) for row in rows]
-        super().__init__([unit(conv(3, 48), 48), unit(conv(48, 48), 48), unit(conv(48, 96, stride=2), 96)],
+        one, two, three = first
+        outputs = [width for width in widths for _ in range(3)]
+        rows = zip((three, *outputs), outputs, kernels, 3 * (1, 1, 2), (1, 1, 1, 1, 2, 1, 1, 1, 1))
+        units = [unit(pair(*row), row[1]) for row in rows]
+        super().__init__([unit(conv(3, one), one), unit(conv(one, two), two), unit(conv(two, three, stride=2), three)],
                          units[:3], units[3:6], units[6:],
-                         [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(112, num_classes)])
+                         [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes)])
+        self.size = size
+
+    def forward(self, x):
+        return super().forward(F.interpolate(x, (self.size, self.size), mode="bilinear") if self.size else x)
+
+
+class ShortcutUnit(Unit):
+    """A unit that adds every other pixel of its input also where its stride is 2: He et al., option A,
+    https://arxiv.org/abs/1512.03385."""
+
+    def forward(self, x):
+        y = nn.Sequential.forward(self, x)
+        stride = x.shape[-1] // y.shape[-1]
+        return x[:, :, ::stride, ::stride] + y if x.shape[1] == y.shape[1] else y
 
 
 class QuietUnit(Unit):
@@ -47,6 +65,20 @@ class QuietUnit(Unit):
             nn.init.zeros_(self[1].weight)
 
 
+class PlainUnit(Unit):
+    """A unit without the residual addition."""
+
+    forward = nn.Sequential.forward
+
+
+class LateUnit(Unit):
+    """A unit whose activation comes behind the addition, as in the first residual networks."""
+
+    def forward(self, x):
+        y = self[1](self[0](x))
+        return self[2](x + y if x.shape == y.shape else y)
+
+
 MUON = {"optimizer": "Muon"}
 IDEAS = {  # of the network, of the recipe, and of Muon's ratio
     "as it is": ({}, {}),
@@ -56,6 +88,13 @@ IDEAS = {  # of the network, of the recipe, and of Muon's ratio
     "Muon, 5x5 kernels in the first units of C3 and C4": ({"kernels": (3, 3, 3, 5, 3, 3, 5, 3, 3)}, MUON),
     "Muon, units begin as identity": ({"unit": QuietUnit}, MUON),
     "Muon, batch norm and SiLU within pairs": ({"inside": True}, MUON),
+    "Muon, shortcuts around strides": ({"unit": ShortcutUnit}, MUON),
+    "Muon, no residual additions": ({"unit": PlainUnit}, MUON),
+    "Muon, activation behind the addition": ({"unit": LateUnit}, MUON),
+    "Muon, channels 96 in C2, 112 in C3, 128 in C4": ({"widths": (96, 112, 128)}, MUON),
+    "Muon, ratio 0.15": ({}, MUON, 0.15),
+    "Muon, images enlarged to 48x48, channels 32, 32, 96 in C1, then 96, 128, 136": (
+        {"size": 48, "first": (32, 32, 96), "widths": (96, 128, 136)}, MUON),
 }
 
 

@@ -189,6 +189,10 @@ def test_a_step_of_muon(root):
     step = before * 8**0.5 / before.norm() - one[0].weight
     torch.testing.assert_close(step, 0.02 * utils.orthogonalise(gradient.flatten(1)).view_as(step), rtol=0.02, atol=1e-4)
     assert one[0].weight.norm().item() == pytest.approx(8**0.5, rel=0.02)
+    muon.zero_grad()
+    trained = copy.deepcopy(one.state_dict())
+    muon.step()  # without gradients: there is nothing to do
+    assert all(torch.equal(trained[name], value) for name, value in one.state_dict().items())
 
 
 @pytest.mark.parametrize("vendor, flags, dtype", [
