@@ -1,5 +1,5 @@
-"""Which ideas pay: each is trained on the same short schedule and judged on the last 10,000 training images, which it does
-not see; writes a row for each into benchmarks/tries.json. What is called test accuracy in it is theirs.
+"""Which ideas pay: each is trained on the same short schedule, the best ones on a long one, and judged on the last training
+images, which it does not see; writes a row for each into benchmarks/tries.json. What is called test accuracy in it is theirs.
 
 `python benchmarks/tries.py` makes the rows that are missing, or those of the ideas named as arguments.
 """
@@ -20,7 +20,8 @@ import model
 import utils
 from model import Depthwise, Network, Unit, conv
 
-SCHEDULE = {"epochs": 10, "augmentation": 0.25, "validation_size": 10_000}
+SHORT = {"epochs": 10, "augmentation": 0.25, "validation_size": 10_000}
+LONG = {"epochs": 90, "augmentation": 0.5, "validation_size": 5_000}
 
 
 class Try(Network):
@@ -79,9 +80,9 @@ class LateUnit(Unit):
         return self[2](x + y if x.shape == y.shape else y)
 
 
-MUON = {"optimizer": "Muon"}
+MUON = {**SHORT, "optimizer": "Muon"}
 IDEAS = {  # of the network, of the recipe, and of Muon's ratio
-    "as it is": ({}, {}),
+    "as it is": ({}, SHORT),
     "Muon, ratio 0.1": ({}, MUON),
     "Muon, ratio 0.25": ({}, MUON, 0.25),
     "Muon, ratio 0.05": ({}, MUON, 0.05),
@@ -92,9 +93,12 @@ IDEAS = {  # of the network, of the recipe, and of Muon's ratio
     "Muon, no residual additions": ({"unit": PlainUnit}, MUON),
     "Muon, activation behind the addition": ({"unit": LateUnit}, MUON),
     "Muon, channels 96 in C2, 112 in C3, 128 in C4": ({"widths": (96, 112, 128)}, MUON),
-    "Muon, ratio 0.15": ({}, MUON, 0.15),
     "Muon, images enlarged to 48x48, channels 32, 32, 96 in C1, then 96, 128, 136": (
         {"size": 48, "first": (32, 32, 96), "widths": (96, 128, 136)}, MUON),
+    "90 epochs, SGD": ({}, LONG),
+    "90 epochs, Muon": ({}, {**LONG, "optimizer": "Muon"}),
+    "90 epochs, Muon, augmentation 0.75, mixup 0.2": (
+        {}, {**LONG, "optimizer": "Muon", "augmentation": 0.75, "mixup": 0.2}),
 }
 
 
@@ -108,7 +112,8 @@ def main(names):
         folder = HERE.parent / "checkpoints" / "tries" / name.replace("/", " ")
         with (mock.patch.dict(model.NETWORKS, {"Try": partial(Try, **layout)}),
               mock.patch.object(utils.Muon, "ratio", *(ratio or [utils.Muon.ratio]))):
-            facts = utils.run("Try", **SCHEDULE, **settings, checkpoint=folder / "checkpoint.pt", folder=folder)[1]
+            facts = utils.run("Try" if layout else "NetDilated", **settings, checkpoint=folder / "checkpoint.pt",
+                              folder=folder)[1]
         rows[name] = {**{key: facts[key] for key in ("parameters", "macs", "train_accuracy", "test_accuracy", "test_loss",
                                                      "hardware", "date", "settings")},
                       "seconds_an_epoch": statistics.median(facts["history"]["seconds"])}
