@@ -56,12 +56,12 @@ def after_step(number, action):
     """Call `action(model)` after each step of that number in a whole run, or after every one if None."""
     train = utils.train
 
-    def watched(model, loader, optimizer, scheduler, scaler, on_step, begun, size):
+    def watched(model, loader, optimizer, scheduler, scaler, on_step, begun, size, mixup):
         def step():
             if number in (None, scheduler.last_epoch):
                 action(model)
             on_step()
-        return train(model, loader, optimizer, scheduler, scaler, step, begun, size)
+        return train(model, loader, optimizer, scheduler, scaler, step, begun, size, mixup)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "train", watched)
@@ -144,12 +144,13 @@ def test_smaller_images_are_averages_of_the_larger_ones():
     assert seen[0].std() < 0.8 * F.interpolate(normalise(images), (16, 16)).std()  # it averages, it does not skip
 
 
-def test_mixup_mixes_images_and_labels_alike():
+def test_mixup_mixes_images_and_labels_alike(monkeypatch):
     """Each class is an image of its own colour, so that the mixture can be read off what the network is shown."""
     colours, seen = torch.randint(256, (10, 1, 1, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), []
     images, labels = colours.expand(10, 32, 32, 3), torch.arange(10)
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
     model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
+    monkeypatch.setattr(utils, "mixed_precision", lambda device: None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0)
     torch.manual_seed(0)
     loss, accuracy = utils.train(model, [(images, labels)], optimizer, mixup=1.0)
@@ -423,7 +424,8 @@ def test_run_is_the_whole_experiment(root, tmp_path, monkeypatch):
     monkeypatch.setitem(utils.build_network.__globals__["NETWORKS"], "Tiny", lambda classes: Tiny())
     model, facts = utils.run("Tiny", "built-in", 2, 100, 0.1, num_workers=0, validation_size=400, folder=tmp_path)
     assert facts["settings"] == {"epochs": 2, "batch_size": 100, "max_lr": 0.1, "weight_decay": 5e-4, "augmentation": 0.5,
-                                 "sizes": None, "optimizer": "SGD", "seed": 0, "validation_size": 400}
+                                 "sizes": None, "optimizer": "SGD", "mixup": 0, "seed": 0,
+                                 "validation_size": 400}
     validation = make_loader(load_dataset("validation", "built-in", 400), 400)
     assert (facts["test_loss"], facts["test_accuracy"]) == pytest.approx(utils.test(model, validation))
     assert facts["temperature"] == utils.fit_temperature(*utils.predict(model, validation))
