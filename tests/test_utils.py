@@ -163,7 +163,7 @@ def test_mixup_mixes_images_and_labels_alike(monkeypatch):
     expected = share * F.cross_entropy(logits, labels) + (1 - share) * F.cross_entropy(logits, labels.roll(1))
     assert loss == pytest.approx(expected.item(), rel=1e-4)
     stronger = labels if share > 0.5 else labels.roll(1)
-    assert accuracy == 100 * (logits.argmax(1) == stronger).float().mean().item()
+    assert accuracy == pytest.approx(100 * (logits.argmax(1) == stronger).float().mean().item())
 
 
 def test_weights_decay_but_not_norms_and_biases():
