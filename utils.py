@@ -27,7 +27,6 @@ from PIL import Image, ImageOps
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Subset
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
-from torchvision.transforms.v2 import MixUp
 from tqdm.auto import tqdm
 
 from dataset import (CLASSES, CORES, DATASETS, FILL, is_number, load_dataset, make_loader, normalise, require,
@@ -81,7 +80,6 @@ ALLOWED = {
     "augmentation": ("a probability, 0 to 1", lambda value: is_number(value) and 0 <= value <= 1),
     "sizes": ("None or a list of sizes in pixels, each 8 or more",
               lambda value: value is None or (isinstance(value, list) and value and all(map(_whole(8), value)))),
-    "mixup": ("a number, 0 or more", lambda value: is_number(value) and value >= 0),
     "seed": ("a whole number, 0 to 4294967295", _whole(0, 2**32 - 1)),
     "num_workers": (f"None, or 0 to {CORES}, the number of cores",
                     lambda value: value is None or _whole(0, CORES)(value)),
@@ -160,14 +158,13 @@ def versions():
 
 # ---------------------------------------------------------------- training
 
-def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None, begun=None, size=None, mixup=0):
+def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None, begun=None, size=None):
     """Train one epoch on the batches of a `make_loader` and return its (loss, accuracy): means over the samples, accuracy
     in percent.
 
     The forward pass runs in `mixed_precision` of the model's device. `scheduler` steps after each batch;
     `on_step()` is called then as well. `begun`, a Counter, holds the sums of the batches so far: those that it counts
-    when the epoch begins are skipped. The images are resized to `size` x `size` pixels, if there is one, and mixed with
-    one another if `mixup` is above 0; the loss is then that of the mixed labels, the accuracy that of the stronger ones.
+    when the epoch begins are skipped. The images are resized to `size` x `size` pixels, if there is one.
 
     Raises:
         FloatingPointError: the loss is no longer finite. RuntimeError: the GPU's memory is too small for the batch.
@@ -182,13 +179,9 @@ def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None, b
             images, labels = normalise(images.to(device)), labels.to(device)
             if size and size != images.shape[-1]:
                 images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-            targets = labels
-            if mixup:
-                images, targets = MixUp(alpha=mixup, num_classes=len(CLASSES))(images, labels)
-                labels = targets.argmax(1)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 logits = model(images)
-            loss = F.cross_entropy(logits.float(), targets)
+            loss = F.cross_entropy(logits.float(), labels)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
         except torch.OutOfMemoryError as error:
@@ -283,7 +276,7 @@ ROW = "{:5d}  {:10.4f}  {:11.2f}  {:9.4f}  {:10.2f}  {:7.1f}"
 
 
 def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4, device=None, checkpoint=None,
-        restart=False, sizes=None, optimizer="SGD", mixup=0):
+        restart=False, sizes=None, optimizer="SGD"):
     """Train with a one-cycle schedule and return the history: a list for each column, an entry for each epoch. The
     loaders are those of `make_loader`, the first one shuffled.
 
@@ -298,9 +291,6 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
     it begins with small images and ends with those of full size. Tan and Le, EfficientNetV2,
     https://arxiv.org/abs/2104.00298. Tests are always at full size.
 
-    With a `mixup` above 0 each training image is mixed with another one, in a share drawn from Beta(mixup, mixup) for each
-    batch, and so are their labels. Zhang et al., mixup, https://arxiv.org/abs/1710.09412.
-
     With a `checkpoint` path, the whole state is written there after every epoch and at an interrupt, which waits for
     the end of a step (a second one does not). A run that was interrupted or killed goes on from it, to the same weights
     as if nothing had happened, and a finished one is loaded; `restart` starts afresh. After an interrupt `load_history`
@@ -312,12 +302,12 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
         FloatingPointError: the loss is no longer finite.
     """
     check_settings(epochs=epochs, max_lr=max_lr, weight_decay=weight_decay, checkpoint=checkpoint, restart=restart,
-                   sizes=sizes, optimizer=optimizer, mixup=mixup)
+                   sizes=sizes, optimizer=optimizer)
     require("train_loader", train_loader, "one of make_loader(dataset, shuffle=True)",
             getattr(train_loader.sampler, "generator", None) is not None)
     device = pick_device(device)
     model.to(device, memory_format=torch.channels_last)
-    run = _Run(model, train_loader, epochs, max_lr, weight_decay, checkpoint, sizes, optimizer, mixup)
+    run = _Run(model, train_loader, epochs, max_lr, weight_decay, checkpoint, sizes, optimizer)
     with _alone(checkpoint), _interrupts_noted() as interrupts:
         if checkpoint and not restart:
             run.resume()
@@ -351,7 +341,7 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
 class _Run:
     """A training run and all of its state, which its checkpoint keeps."""
 
-    def __init__(self, model, loader, epochs, max_lr, weight_decay, checkpoint, sizes, optimizer, mixup):
+    def __init__(self, model, loader, epochs, max_lr, weight_decay, checkpoint, sizes, optimizer):
         device, data = next(model.parameters()).device, _base(loader.dataset)
         self.loader, self.checkpoint, self.steps = loader, checkpoint, epochs * len(loader)
         decay = max(0.0, 1 - 20 / self.steps)
@@ -365,7 +355,7 @@ class _Run:
         self.recipe = {
             "network": type(model).__name__, "data": data.title, "images": len(loader.dataset), "epochs": epochs,
             "batch_size": loader.batch_size, "optimizer": optimizer, "max_lr": max_lr, "weight_decay": weight_decay,
-            "averaging decay": decay, "sizes": sizes, "mixup": mixup, "augmentations": str(data.transform).splitlines(), "seed": data.seed,
+            "averaging decay": decay, "sizes": sizes, "augmentations": str(data.transform).splitlines(), "seed": data.seed,
             "layers": str(model).splitlines(),
         }
         self.history = {name: [] for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")}
@@ -394,8 +384,7 @@ class _Run:
         """Train one epoch, or the rest of the one that has begun, and test; return its row of the history."""
         self.start, self.order = time.perf_counter() - self.begun["seconds"], self.loader.sampler.generator.get_state()
         parts = (self.parts[name] for name in ("optimizer", "scheduler", "scaler"))
-        losses = train(self.parts["model"], self.loader, *parts, on_step, self.begun, self.size(),
-                       self.recipe["mixup"])
+        losses = train(self.parts["model"], self.loader, *parts, on_step, self.begun, self.size())
         row = *losses, *test(self.result(), test_loader), time.perf_counter() - self.start
         if not np.isfinite(row).all():  # the last step of the epoch spoilt the weights
             raise FloatingPointError(f"after its last step: the loss is {row[2]}")
@@ -558,7 +547,7 @@ def _alone(path):
 
 
 def run(network="NetDilated", data="CIFAR-10", epochs=90, batch_size=256, max_lr=0.3, weight_decay=5e-4,
-        augmentation=0.5, sizes=None, optimizer="SGD", mixup=0, seed=0, num_workers=None, validation_size=0, device=None,
+        augmentation=0.5, sizes=None, optimizer="SGD", seed=0, num_workers=None, validation_size=0, device=None,
         checkpoint=None, restart=False, folder="weights"):
     """Train one network from scratch, save it with its facts in `folder`, and return the model and the facts.
 
@@ -568,7 +557,7 @@ def run(network="NetDilated", data="CIFAR-10", epochs=90, batch_size=256, max_lr
     fits them best.
     """
     settings = {"epochs": epochs, "batch_size": batch_size, "max_lr": max_lr, "weight_decay": weight_decay,
-                "augmentation": augmentation, "sizes": sizes, "optimizer": optimizer, "mixup": mixup, "seed": seed,
+                "augmentation": augmentation, "sizes": sizes, "optimizer": optimizer, "seed": seed,
                 "validation_size": validation_size}
     check_settings(network=network, data=data, num_workers=num_workers, device=device, folder=folder,
                    checkpoint=checkpoint, restart=restart, **settings)
@@ -581,7 +570,7 @@ def run(network="NetDilated", data="CIFAR-10", epochs=90, batch_size=256, max_lr
     test_loader = make_loader(test_set, min(500, len(test_set)))
     model = build_network(network)
     history = fit(model, train_loader, test_loader, epochs, max_lr, weight_decay, device, checkpoint, restart, sizes,
-                  optimizer, mixup)
+                  optimizer)
     facts = save(model, history, settings, title_of(test_set), folder)
     if validation_size:
         facts = add_facts(facts, folder, temperature=fit_temperature(*predict(model, test_loader)))

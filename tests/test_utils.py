@@ -56,12 +56,12 @@ def after_step(number, action):
     """Call `action(model)` after each step of that number in a whole run, or after every one if None."""
     train = utils.train
 
-    def watched(model, loader, optimizer, scheduler, scaler, on_step, begun, size, mixup):
+    def watched(model, loader, optimizer, scheduler, scaler, on_step, begun, size):
         def step():
             if number in (None, scheduler.last_epoch):
                 action(model)
             on_step()
-        return train(model, loader, optimizer, scheduler, scaler, step, begun, size, mixup)
+        return train(model, loader, optimizer, scheduler, scaler, step, begun, size)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "train", watched)
@@ -144,28 +144,6 @@ def test_smaller_images_are_averages_of_the_larger_ones():
     assert seen[0].std() < 0.8 * F.interpolate(normalise(images), (16, 16)).std()  # it averages, it does not skip
 
 
-def test_mixup_mixes_images_and_labels_alike(monkeypatch):
-    """Each class is an image of its own colour, so that the mixture can be read off what the network is shown."""
-    colours, seen = torch.randint(256, (10, 1, 1, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)), []
-    images, labels = colours.expand(10, 32, 32, 3), torch.arange(10)
-    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
-    model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
-    monkeypatch.setattr(utils, "mixed_precision", lambda device: None)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0)
-    torch.manual_seed(0)
-    loss, accuracy = utils.train(model, [(images, labels)], optimizer, mixup=1.0)
-    pure = normalise(images)
-    share = ((seen[0] - pure.roll(1, 0)) / (pure - pure.roll(1, 0))).median().item()  # of the image at its own place
-    assert 0.05 < share < 0.95
-    torch.testing.assert_close(seen[0], share * pure + (1 - share) * pure.roll(1, 0), rtol=1e-3, atol=1e-3)
-    model._forward_pre_hooks.clear()
-    logits = model(seen[0])
-    expected = share * F.cross_entropy(logits, labels) + (1 - share) * F.cross_entropy(logits, labels.roll(1))
-    assert loss == pytest.approx(expected.item(), rel=1e-4)
-    stronger = labels if share > 0.5 else labels.roll(1)
-    assert accuracy == pytest.approx(100 * (logits.argmax(1) == stronger).float().mean().item())
-
-
 def test_weights_decay_but_not_norms_and_biases():
     decayed, others = utils.make_optimizer(NetDilated(), 0.1, 5e-4).param_groups
     assert decayed["weight_decay"] == 5e-4 and all(parameter.ndim > 1 for parameter in decayed["params"])
@@ -237,7 +215,6 @@ IMPOSSIBLE = {
     "retrain": ["PublishedDilated", ["NetDilated"], None], "retrain_epochs": [0], "restart": [1, "yes", None],
     "checkpoint": [3, ["file"], True], "picture": [3, ["file"]], "sizes": [32, [], [7], [16.0], (16, 32)],
     "optimizer": ["Adam", None, []], "temperature": [0, -1.0, float("inf"), "1.2", None],
-    "mixup": [-0.1, float("nan"), "0.2", None, True],
 }
 
 
@@ -257,8 +234,7 @@ def test_possible_settings_pass():
     utils.check_settings(network="NetDilated", data="CIFAR-10", epochs=1, batch_size=1, max_lr=1, weight_decay=0,
                          augmentation=1, seed=2**32 - 1, num_workers=None, validation_size=0, device="cpu",
                          folder="weights", retrain=["PublishedDilated"], retrain_epochs=1, restart=True,
-                         checkpoint="checkpoints/NetDilated.pt", temperature=1, picture=None, sizes=[32], optimizer="Muon",
-                         mixup=0.2)
+                         checkpoint="checkpoints/NetDilated.pt", temperature=1, picture=None, sizes=[32], optimizer="Muon")
     utils.check_settings(epochs=2, sizes=[16, 32])
 
 
@@ -269,7 +245,7 @@ def test_sizes_that_no_epoch_would_have_are_refused():
 
 @pytest.mark.parametrize("name", ["network", "data", "epochs", "batch_size", "max_lr", "weight_decay", "augmentation",
                                   "seed", "num_workers", "validation_size", "device", "folder", "checkpoint",
-                                  "restart", "sizes", "optimizer", "mixup"])
+                                  "restart", "sizes", "optimizer"])
 def test_run_refuses_impossible_settings_before_it_loads_data(name, monkeypatch):
     monkeypatch.setattr(utils, "load_dataset", lambda *arguments: pytest.fail("work began"))
     with pytest.raises(ValueError, match=f"^{name} is "):
@@ -284,7 +260,7 @@ def test_run_refuses_a_checkpoint_that_its_weights_would_replace(tmp_path):
 def test_fit_refuses_impossible_settings(root):
     for arguments in ({"epochs": 0}, {"epochs": 1, "max_lr": 0}, {"epochs": 1, "weight_decay": -1},
                       {"epochs": 1, "device": "gpu"}, {"epochs": 1, "checkpoint": 3}, {"epochs": 1, "restart": 1},
-                      {"epochs": 1, "sizes": 16}, {"epochs": 1, "optimizer": "Adam"}, {"epochs": 1, "mixup": -1}):
+                      {"epochs": 1, "sizes": 16}, {"epochs": 1, "optimizer": "Adam"}):
         with pytest.raises(ValueError, match=f"^{list(arguments)[-1]} is "):
             utils.fit(Tiny(), *loaders(root), **arguments)
 
@@ -350,12 +326,12 @@ def test_an_interrupt_at_any_step_is_gone_on_from_to_the_same_weights(root, tmp_
     assert history["train_loss"] == resumed_history["train_loss"] and history["test_loss"] == resumed_history["test_loss"]
 
 
-def test_a_run_with_muon_and_mixup_goes_on_to_the_same_weights(root, tmp_path):
-    settings = {"optimizer": "Muon", "max_lr": 0.1, "mixup": 0.2}
+def test_a_run_with_muon_goes_on_to_the_same_weights(root, tmp_path):
+    settings = {"optimizer": "Muon", "max_lr": 0.1}
     whole, history = fit_tiny(root, 2, **settings)
     with after_step(27, lambda model: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(KeyboardInterrupt):
         fit_tiny(root, 2, **settings, checkpoint=tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="optimizer: Muon there, SGD here; mixup: 0.2 there, 0 here"):
+    with pytest.raises(ValueError, match="optimizer: Muon there, SGD here"):
         fit_tiny(root, 2, max_lr=0.1, checkpoint=tmp_path / "checkpoint.pt")
     resumed = fit_tiny(root, 2, **settings, checkpoint=tmp_path / "checkpoint.pt")[0]
     assert equal(state(whole), state(resumed)) and history["test_accuracy"][-1] > 20
@@ -424,7 +400,7 @@ def test_run_is_the_whole_experiment(root, tmp_path, monkeypatch):
     monkeypatch.setitem(utils.build_network.__globals__["NETWORKS"], "Tiny", lambda classes: Tiny())
     model, facts = utils.run("Tiny", "built-in", 2, 100, 0.1, num_workers=0, validation_size=400, folder=tmp_path)
     assert facts["settings"] == {"epochs": 2, "batch_size": 100, "max_lr": 0.1, "weight_decay": 5e-4, "augmentation": 0.5,
-                                 "sizes": None, "optimizer": "SGD", "mixup": 0, "seed": 0,
+                                 "sizes": None, "optimizer": "SGD", "seed": 0,
                                  "validation_size": 400}
     validation = make_loader(load_dataset("validation", "built-in", 400), 400)
     assert (facts["test_loss"], facts["test_accuracy"]) == pytest.approx(utils.test(model, validation))
