@@ -240,8 +240,8 @@ class Step(NamedTuple):
     stride: int
     dilation: int
     groups: int
-    jump: int  # image pixels between neighbouring positions of its input
-    receptive_field: int  # side of the square of image pixels that one output position can see
+    jump: float  # image pixels between neighbouring positions of its input
+    receptive_field: float  # side of the square of image pixels that one output position can see
     source: int  # the place in the list of the step whose result it works on, -1 for the image
 
 
@@ -250,8 +250,9 @@ def trace(model, shape=(3, 32, 32)):
 
     What counts is what is computed, not what the modules are called: functional calls and reshapes are seen as well.
     The receptive field grows by (kernel - 1) * dilation * jump at every window, the jump (pixels between neighbouring
-    positions) by the stride; where paths meet, the longest one counts. See Araujo et al., Computing receptive
-    fields of convolutional neural networks, https://distill.pub/2019/computing-receptive-fields/.
+    positions) by the stride; where paths meet, the longest one counts. Interpolation has a stride too, below 1 where it
+    enlarges, and its pixels are no whole number then. See Araujo et al., Computing receptive fields of
+    convolutional neural networks, https://distill.pub/2019/computing-receptive-fields/.
     """
     with _Tracer() as tracer:
         _run_once(model, shape, tracer)
@@ -259,9 +260,9 @@ def trace(model, shape=(3, 32, 32)):
 
 
 def receptive_field(model):
-    """Return the theoretical receptive field, in pixels, of one position before the global pooling."""
+    """Return the theoretical receptive field, in whole pixels, of one position before the global pooling."""
     steps = trace(model)
-    return max([1] + [step.receptive_field for step in steps[:_end_of_map(steps)]])
+    return int(max([1] + [step.receptive_field for step in steps[:_end_of_map(steps)]]))
 
 
 def measure_receptive_field(model, sides=(32, 64, 128, 256, 512)):
@@ -400,6 +401,8 @@ def _window(name, args, outputs, path, side):
         kernel = max(args[1]) if "adaptive" not in name else path.side // side
         stride = max(args[2]) if "adaptive" not in name and len(args) > 2 and args[2] else kernel
         return "pooling", kernel, stride, 1, 1
+    if name.startswith("upsample"):  # which is PyTorch's name for all interpolation
+        return "resize", 2 if "linear" in name else 4 if "cubic" in name else 1, path.side / side, 1, 1
     if outputs[0].ndim == 4 and side != path.side and name != "constant_pad_nd":
         return "resize", 1, 1, 1, 1
     return None

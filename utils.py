@@ -848,15 +848,18 @@ def _trace(model):
 
 def _check_blocks(body, units):
     """Return the rows about blocks: the convolutions that begin at the same resolution. Of a network that changes it
-    by other means than strides and pooling, or mixes channels otherwise than by convolutions, they can't be told."""
-    strange = [step.operation for step in body
+    by other means than strides and pooling, or mixes channels otherwise than by convolutions, they can't be told, but
+    it may begin with enlarging the image."""
+    enlarged = body and body[0].operation.startswith("upsample") and body[0].size[0] < body[0].size[1]
+    note = " on images enlarged to {0}x{0}".format(body[0].size[1]) if enlarged else ""
+    strange = [step.operation for step in body[bool(enlarged):]
                if step.kind == "resize" or (step.kind == "fully connected" and step.size[0] > 1)]
     rules = "four blocks", "three convolutions in each", "stride 2 in the last of each, only there"
     if strange:
         return [(rule, f"can't tell: {strange[0]} before the end", None) for rule in rules]
     jumps = sorted({unit[0].jump for unit in units})
     blocks = [[max(step.stride for step in unit) for unit in units if unit[0].jump == jump] for jump in jumps]
-    measured = [f"{len(blocks)}", " ".join(str(len(block)) for block in blocks),
+    measured = [f"{len(blocks)}{note}", " ".join(str(len(block)) for block in blocks),
                 " | ".join(" ".join(map(str, block)) for block in blocks)]
     holds = [len(blocks) == 4, all(len(block) == 3 for block in blocks),
              all(block[-1] == 2 and set(block[:-1]) <= {1} for block in blocks)]

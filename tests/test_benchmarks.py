@@ -77,7 +77,6 @@ def test_the_network_of_the_tries_is_ours_unless_told_otherwise():
 @pytest.mark.parametrize("name", [name for name in tries.IDEAS if "shortcuts" not in name])  # slices can't be told
 def test_every_try_keeps_the_rules(name):
     network = tries.Try(**tries.IDEAS[name][0])
-    network.size = None  # that images are enlarged in front of the blocks changes nothing in them
     for layer in network.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             torch.nn.init.ones_(layer.weight)  # gradients see nothing of a unit that begins as the identity

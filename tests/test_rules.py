@@ -186,6 +186,33 @@ def test_squeeze_and_excitation_is_pooling_before_the_end():
     assert rows["receptive field"] == ("512 or more", True)  # each pooling sees the whole image
 
 
+class Resized(PlainSequential):
+    """Works on images of another size, and may change it once more between two blocks."""
+
+    def __init__(self, scale, between=1):
+        super().__init__()
+        self.scale, self.between, self.gap = scale, between, nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x):
+        x = self.features[:30](F.interpolate(x, scale_factor=self.scale, mode="bilinear"))
+        x = F.interpolate(x, scale_factor=self.between) if self.between > 1 else x
+        return self.fc(self.gap(self.features[30:](x)).flatten(1))
+
+
+def test_images_may_be_enlarged_before_the_first_block():
+    rows = table(Resized(1.5))
+    assert [rows[rule] for rule in BLOCKS] == [("4 on images enlarged to 48x48", True), ("3 3 3 3", True),
+                                               ("1 1 2 | 1 1 2 | 1 1 2 | 1 1 2", True)]
+    pixels = float(rows["receptive field"][0])
+    assert pixels == pytest.approx(1 + (receptive_field(PlainSequential()) + 0.5) / 1.5, abs=1)
+
+
+@pytest.mark.parametrize("network", [Resized(0.75), Resized(1.5, between=2)])
+def test_shrinking_images_and_resizing_between_blocks_leaves_the_blocks_undecided(network):
+    rows = table(network)
+    assert all(holds is None and "upsample" in measured for measured, holds in map(rows.get, BLOCKS))
+
+
 @pytest.mark.parametrize("style, operation", [(Mixer, "addmm"), (Sliced, "slice")])
 def test_what_a_layout_does_not_let_decide_is_said(style, operation):
     rows = table(style())
@@ -229,6 +256,23 @@ def test_a_pair_must_work_on_one_another():
 def test_measured_and_theoretical_receptive_field_agree(name):
     network = build_network(name)
     assert measure_receptive_field(network) == (receptive_field(network), True)
+
+
+@pytest.mark.parametrize("mode, pixels", [("nearest", 2), ("bilinear", 3), ("bicubic", 5)])
+def test_interpolation_has_a_receptive_field_too(mode, pixels):
+    class Enlarged(nn.Module):
+        """A 3x3 convolution on images twice as large, which looks one original pixel further than the interpolation."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 10, 3, padding=1)
+
+        def forward(self, x):
+            return self.conv(F.interpolate(x, scale_factor=2, mode=mode)).mean((2, 3))
+
+    assert receptive_field(Enlarged()) == pixels
+    measured, whole = measure_receptive_field(Enlarged())
+    assert pixels <= measured <= pixels + 1 and whole
 
 
 @pytest.mark.parametrize("network, text", [
