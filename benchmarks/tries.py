@@ -97,6 +97,10 @@ IDEAS = {  # of the network, of the recipe, and of Muon's ratio
         {"scale": 1.5, "first": (32, 32, 96), "widths": (96, 128, 136)}, MUON),
     "Muon, images enlarged to 64x64, channels 16, 16, 64 in C1, then 96, 128, 176": (
         {"scale": 2, "first": (16, 16, 64), "widths": (96, 128, 176)}, MUON),
+    "Muon, the same, training images growing through 16, 24 and 32 pixels before": (
+        {"scale": 2, "first": (16, 16, 64), "widths": (96, 128, 176)}, {**MUON, "sizes": [16, 24, 32]}),
+    "Muon, images enlarged to 64x64, channels 16, 16, 64 in C1, then 64, 128, 192": (
+        {"scale": 2, "first": (16, 16, 64), "widths": (64, 128, 192)}, MUON),
     "90 epochs, SGD": ({}, LONG),
     "90 epochs, Muon": ({}, {**LONG, "optimizer": "Muon"}),
 }
