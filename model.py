@@ -1,7 +1,7 @@
 """The networks: NetDilated, ours, and the assignment's two published answers; and how to measure them.
 
 Every network takes (N, 3, 32, 32) normalised images and returns (N, num_classes) logits. `C1` to `C4` are its
-blocks, so that `C4(C3(C2(C1(x))))` is the feature map, at any input size.
+blocks, so that `C4(C3(C2(C1(enlarge(x)))))` is the feature map, at any input size.
 """
 import contextlib
 from typing import NamedTuple
@@ -93,14 +93,16 @@ class Unit(nn.Sequential):
 
 
 class Network(nn.Module):
-    """Blocks C1 to C4, then the output: global average pooling and one linear layer. (N, 3, H, W) to (N, classes)."""
+    """Blocks C1 to C4 on images that may be enlarged first, then the output: global average pooling and one linear
+    layer. (N, 3, H, W) to (N, classes)."""
 
-    def __init__(self, C1, C2, C3, C4, O):
+    def __init__(self, C1, C2, C3, C4, O, enlarge=1):
         super().__init__()
+        self.enlarge = nn.Upsample(scale_factor=enlarge, mode="bilinear") if enlarge > 1 else nn.Identity()
         self.C1, self.C2, self.C3, self.C4, self.O = (nn.Sequential(*block) for block in (C1, C2, C3, C4, O))
 
     def forward(self, x):
-        return self.O(self.C4(self.C3(self.C2(self.C1(x)))))
+        return self.O(self.C4(self.C3(self.C2(self.C1(self.enlarge(x))))))
 
 
 class NetDilated(Network):

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-import torch.nn.functional as F
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
@@ -27,7 +26,7 @@ LONG = {"epochs": 90, "augmentation": 0.5, "validation_size": 5_000}
 class Try(Network):
     """NetDilated with other widths, kernels, units or sizes of the map; as it is by default."""
 
-    def __init__(self, num_classes=10, scale=1, first=(48, 48, 96), widths=(112, 112, 112), kernels=9 * (3,), unit=Unit,
+    def __init__(self, num_classes=10, enlarge=1, first=(48, 48, 96), widths=(112, 112, 112), kernels=9 * (3,), unit=Unit,
                  inside=False):
         def pair(channels_in, channels, kernel, stride, dilation):
             inner = [nn.BatchNorm2d(channels), nn.SiLU()] if inside else []
@@ -39,11 +38,7 @@ class Try(Network):
         units = [unit(pair(*row), row[1]) for row in rows]
         super().__init__([unit(conv(3, one), one), unit(conv(one, two), two), unit(conv(two, three, stride=2), three)],
                          units[:3], units[3:6], units[6:],
-                         [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes)])
-        self.scale = scale
-
-    def forward(self, x):
-        return super().forward(F.interpolate(x, scale_factor=self.scale, mode="bilinear") if self.scale > 1 else x)
+                         [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes)], enlarge)
 
 
 class ShortcutUnit(Unit):
@@ -94,13 +89,13 @@ IDEAS = {  # of the network, of the recipe, and of Muon's ratio
     "Muon, activation behind the addition": ({"unit": LateUnit}, MUON),
     "Muon, channels 96 in C2, 112 in C3, 128 in C4": ({"widths": (96, 112, 128)}, MUON),
     "Muon, images enlarged to 48x48, channels 32, 32, 96 in C1, then 96, 128, 136": (
-        {"scale": 1.5, "first": (32, 32, 96), "widths": (96, 128, 136)}, MUON),
+        {"enlarge": 1.5, "first": (32, 32, 96), "widths": (96, 128, 136)}, MUON),
     "Muon, images enlarged to 64x64, channels 16, 16, 64 in C1, then 96, 128, 176": (
-        {"scale": 2, "first": (16, 16, 64), "widths": (96, 128, 176)}, MUON),
+        {"enlarge": 2, "first": (16, 16, 64), "widths": (96, 128, 176)}, MUON),
     "Muon, the same, training images growing through 16, 24 and 32 pixels before": (
-        {"scale": 2, "first": (16, 16, 64), "widths": (96, 128, 176)}, {**MUON, "sizes": [16, 24, 32]}),
+        {"enlarge": 2, "first": (16, 16, 64), "widths": (96, 128, 176)}, {**MUON, "sizes": [16, 24, 32]}),
     "Muon, images enlarged to 64x64, channels 16, 16, 64 in C1, then 64, 128, 192": (
-        {"scale": 2, "first": (16, 16, 64), "widths": (64, 128, 192)}, MUON),
+        {"enlarge": 2, "first": (16, 16, 64), "widths": (64, 128, 192)}, MUON),
     "90 epochs, SGD": ({}, LONG),
     "90 epochs, Muon": ({}, {**LONG, "optimizer": "Muon"}),
 }

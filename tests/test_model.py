@@ -51,7 +51,7 @@ def test_receptive_field_is_what_the_gradients_reach(name):
     rows, columns = torch.zeros(280, dtype=bool), torch.zeros(280, dtype=bool)
     for _ in range(3):  # a ReLU hides a path in one image, hardly in three
         image = torch.randn(1, 3, 280, 280, dtype=torch.float64, requires_grad=True)
-        features = network.C4(network.C3(network.C2(network.C1(image))))
+        features = network.C4(network.C3(network.C2(network.C1(network.enlarge(image)))))
         middle = features.shape[-1] // 2
         features[..., middle, middle].sum().backward()
         reached = image.grad[0].ne(0).any(0)
