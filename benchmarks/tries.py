@@ -76,6 +76,7 @@ class LateUnit(Unit):
 
 
 MUON = {**SHORT, "optimizer": "Muon"}
+LARGE = {"enlarge": 2, "first": (16, 16, 64), "widths": (96, 128, 176)}
 IDEAS = {  # of the network, of the recipe, and of Muon's ratio
     "as it is": ({}, SHORT),
     "Muon, ratio 0.1": ({}, MUON),
@@ -90,14 +91,15 @@ IDEAS = {  # of the network, of the recipe, and of Muon's ratio
     "Muon, channels 96 in C2, 112 in C3, 128 in C4": ({"widths": (96, 112, 128)}, MUON),
     "Muon, images enlarged to 48x48, channels 32, 32, 96 in C1, then 96, 128, 136": (
         {"enlarge": 1.5, "first": (32, 32, 96), "widths": (96, 128, 136)}, MUON),
-    "Muon, images enlarged to 64x64, channels 16, 16, 64 in C1, then 96, 128, 176": (
-        {"enlarge": 2, "first": (16, 16, 64), "widths": (96, 128, 176)}, MUON),
+    "Muon, images enlarged to 64x64, channels 16, 16, 64 in C1, then 96, 128, 176": (LARGE, MUON),
     "Muon, the same, training images growing through 16, 24 and 32 pixels before": (
-        {"enlarge": 2, "first": (16, 16, 64), "widths": (96, 128, 176)}, {**MUON, "sizes": [16, 24, 32]}),
+        LARGE, {**MUON, "sizes": [16, 24, 32]}),
     "Muon, images enlarged to 64x64, channels 16, 16, 64 in C1, then 64, 128, 192": (
         {"enlarge": 2, "first": (16, 16, 64), "widths": (64, 128, 192)}, MUON),
     "90 epochs, SGD": ({}, LONG),
     "90 epochs, Muon": ({}, {**LONG, "optimizer": "Muon"}),
+    "90 epochs, Muon, images enlarged to 64x64, growing through 20, 24, 28 and 32 pixels before": (
+        LARGE, {**LONG, "optimizer": "Muon", "sizes": [20, 24, 28, 32]}),
 }
 
 
