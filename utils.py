@@ -202,11 +202,16 @@ def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None, b
 
 
 @torch.no_grad()
-def predict(model, loader):
-    """Return the (N, classes) logits and the (N,) labels of a whole `make_loader`, on the CPU, computed in fp32."""
+def predict(model, loader, flip=False):
+    """Return the (N, classes) logits and the (N,) labels of a whole `make_loader`, on the CPU, computed in fp32. With
+    `flip` (test-time augmentation) the logits are the means of those of the image and of its mirror image."""
     device = next(model.parameters()).device
     model.eval()
-    batches = [(model(normalise(images.to(device))).cpu(), labels) for images, labels in loader]
+    batches = []
+    for images, labels in loader:
+        images = normalise(images.to(device))
+        logits = (model(images) + model(images.flip(3))) / 2 if flip else model(images)
+        batches.append((logits.cpu(), labels))
     logits, labels = zip(*batches)
     return torch.cat(logits), torch.cat(labels)
 
@@ -572,6 +577,7 @@ def run(network="NetDilated", data="CIFAR-10", epochs=90, batch_size=256, max_lr
     history = fit(model, train_loader, test_loader, epochs, max_lr, weight_decay, device, checkpoint, restart, sizes,
                   optimizer)
     facts = save(model, history, settings, title_of(test_set), folder)
+    facts = add_facts(facts, folder, flip_accuracy=score(*predict(model, test_loader, flip=True))[1])
     if validation_size:
         facts = add_facts(facts, folder, temperature=fit_temperature(*predict(model, test_loader)))
     return model, facts
@@ -920,14 +926,15 @@ PUBLISHED = {  # epochs and test accuracy, as the published answers state them
 
 
 def comparison_table(all_facts):
-    """Return the facts of several networks as a Markdown table, the published figures beside ours."""
+    """Return the facts of several networks as a Markdown table, the published figures beside ours. "With flips" is the
+    test accuracy with test-time augmentation, see `predict`."""
     head = ("network", "parameters", "multiply-accumulates", "receptive field", "epochs", "train accuracy %",
-            "test accuracy %", "time", "published: epochs", "published: test accuracy %")
+            "test accuracy %", "with flips %", "time", "published: epochs", "published: test accuracy %")
     rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for facts in all_facts:
         rows.append((facts["network"], f"{facts['parameters']:,}", f"{facts['macs'] / 1e6:.1f} M",
                      str(facts["receptive_field"]), str(facts["settings"]["epochs"]),
-                     f"{facts['train_accuracy']:.2f}", f"{facts['test_accuracy']:.2f}",
+                     f"{facts['train_accuracy']:.2f}", f"{facts['test_accuracy']:.2f}", f"{facts['flip_accuracy']:.2f}",
                      f"{facts['seconds'] / 60:.0f} min", *PUBLISHED.get(facts["network"], ("-", "-"))))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

@@ -50,6 +50,8 @@ def test_committed_weights_reach_the_accuracy_of_their_facts(name, real_test_set
     loss, accuracy = utils.test(model, make_loader(real_test_set, 500))
     assert accuracy == pytest.approx(facts["test_accuracy"], abs=0.021)  # two images: other hardware rounds otherwise
     assert loss == pytest.approx(facts["test_loss"], rel=1e-3)
+    flipped = utils.score(*utils.predict(model, make_loader(real_test_set, 500), flip=True))[1]
+    assert flipped == pytest.approx(facts["flip_accuracy"], abs=0.021)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -144,6 +144,15 @@ def test_smaller_images_are_averages_of_the_larger_ones():
     assert seen[0].std() < 0.8 * F.interpolate(normalise(images), (16, 16)).std()  # it averages, it does not skip
 
 
+def test_flipped_predictions_are_those_of_both_images():
+    model, images, labels = Tiny(), torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8), torch.arange(6)
+    mirrored = images.flip(2)
+    plain, other, both = (utils.predict(model, [(shown, labels)], flip)[0]
+                          for shown, flip in ((images, False), (mirrored, False), (images, True)))
+    assert not torch.allclose(plain, other)
+    torch.testing.assert_close(both, (plain + other) / 2)
+
+
 def test_weights_decay_but_not_norms_and_biases():
     decayed, others = utils.make_optimizer(NetDilated(), 0.1, 5e-4).param_groups
     assert decayed["weight_decay"] == 5e-4 and all(parameter.ndim > 1 for parameter in decayed["params"])
@@ -400,11 +409,11 @@ def test_run_is_the_whole_experiment(root, tmp_path, monkeypatch):
     monkeypatch.setitem(utils.build_network.__globals__["NETWORKS"], "Tiny", lambda classes: Tiny())
     model, facts = utils.run("Tiny", "built-in", 2, 100, 0.1, num_workers=0, validation_size=400, folder=tmp_path)
     assert facts["settings"] == {"epochs": 2, "batch_size": 100, "max_lr": 0.1, "weight_decay": 5e-4, "augmentation": 0.5,
-                                 "sizes": None, "optimizer": "SGD", "seed": 0,
-                                 "validation_size": 400}
+                                 "sizes": None, "optimizer": "SGD", "seed": 0, "validation_size": 400}
     validation = make_loader(load_dataset("validation", "built-in", 400), 400)
     assert (facts["test_loss"], facts["test_accuracy"]) == pytest.approx(utils.test(model, validation))
     assert facts["temperature"] == utils.fit_temperature(*utils.predict(model, validation))
+    assert facts["flip_accuracy"] == utils.score(*utils.predict(model, validation, flip=True))[1]
     assert utils.load_facts("Tiny", tmp_path) == facts
     assert "temperature" not in utils.run("Tiny", "built-in", 1, 100, 0.1, num_workers=0, folder=tmp_path)[1]
 
