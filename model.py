@@ -403,11 +403,11 @@ def _window(name, args, outputs, path, side):
         kernel = max(args[1]) if "adaptive" not in name else path.side // side
         stride = max(args[2]) if "adaptive" not in name and len(args) > 2 and args[2] else kernel
         return "pooling", kernel, stride, 1, 1
-    if name.startswith("upsample"):  # which is PyTorch's name for all interpolation
+    if outputs[0].ndim != 4 or side == path.side or name == "constant_pad_nd":
+        return None
+    if "upsample" in name:  # which is PyTorch's name for all interpolation
         return "resize", 2 if "linear" in name else 4 if "cubic" in name else 1, path.side / side, 1, 1
-    if outputs[0].ndim == 4 and side != path.side and name != "constant_pad_nd":
-        return "resize", 1, 1, 1, 1
-    return None
+    return "resize", 1, 1, 1, 1
 
 
 def _global_pooling(name, data, axes, side):

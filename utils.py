@@ -856,7 +856,7 @@ def _check_blocks(body, units):
     """Return the rows about blocks: the convolutions that begin at the same resolution. Of a network that changes it
     by other means than strides and pooling, or mixes channels otherwise than by convolutions, they can't be told, but
     it may begin with enlarging the image."""
-    enlarged = body and body[0].operation.startswith("upsample") and body[0].size[0] < body[0].size[1]
+    enlarged = body and "upsample" in body[0].operation and body[0].size[0] < body[0].size[1]
     note = " on images enlarged to {0}x{0}".format(body[0].size[1]) if enlarged else ""
     strange = [step.operation for step in body[bool(enlarged):]
                if step.kind == "resize" or (step.kind == "fully connected" and step.size[0] > 1)]

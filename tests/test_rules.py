@@ -189,22 +189,28 @@ def test_squeeze_and_excitation_is_pooling_before_the_end():
 class Resized(PlainSequential):
     """Works on images of another size, and may change it once more between two blocks."""
 
-    def __init__(self, scale, between=1):
+    def __init__(self, scale, between=1, antialias=False):
         super().__init__()
-        self.scale, self.between, self.gap = scale, between, nn.AdaptiveAvgPool2d(1)
+        self.scale, self.between, self.antialias, self.gap = scale, between, antialias, nn.AdaptiveAvgPool2d(1)
 
     def forward(self, x):
-        x = self.features[:30](F.interpolate(x, scale_factor=self.scale, mode="bilinear"))
+        x = F.interpolate(x, scale_factor=self.scale, mode="bilinear", antialias=self.antialias)
+        x = self.features[:30](x)
         x = F.interpolate(x, scale_factor=self.between) if self.between > 1 else x
         return self.fc(self.gap(self.features[30:](x)).flatten(1))
 
 
-def test_images_may_be_enlarged_before_the_first_block():
-    rows = table(Resized(1.5))
+@pytest.mark.parametrize("antialias", [False, True])
+def test_images_may_be_enlarged_before_the_first_block(antialias):
+    rows = table(Resized(1.5, antialias=antialias))
     assert [rows[rule] for rule in BLOCKS] == [("4 on images enlarged to 48x48", True), ("3 3 3 3", True),
                                                ("1 1 2 | 1 1 2 | 1 1 2 | 1 1 2", True)]
     pixels = float(rows["receptive field"][0])
     assert pixels == pytest.approx(1 + (receptive_field(PlainSequential()) + 0.5) / 1.5, abs=1)
+
+
+def test_interpolation_to_the_same_size_is_nothing():
+    assert [table(Resized(1))[rule] for rule in BLOCKS] == [table(PlainSequential())[rule] for rule in BLOCKS]
 
 
 @pytest.mark.parametrize("network", [Resized(0.75), Resized(1.5, between=2)])
