@@ -6,7 +6,8 @@ import tempfile
 import pytest
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="s9-")
-os.environ["S9_SETTINGS"] = json.dumps({"data": "built-in", "epochs": 2, "batch_size": 100, "folder": SCRATCH.name})
+os.environ["S9_SETTINGS"] = json.dumps({"data": "built-in", "epochs": 2, "batch_size": 100, "folder": SCRATCH.name,
+                                         "teacher": f"{SCRATCH.name}/teacher"})
 os.environ["TQDM_DISABLE"] = "1"
 
 

@@ -106,31 +106,35 @@ class Network(nn.Module):
 
 
 class NetDilated(Network):
-    """Our network: twelve convolutions, the last of each block with stride 2."""
+    """Our network: twelve convolutions, the last of each block with stride 2, on images enlarged twofold.
+
+    Four strides leave 2x2 positions of an image of 32x32 pixels, too few for C3 and C4 to work on, and 4x4 of 64x64.
+    """
 
     def __init__(self, num_classes=10):
         super().__init__(
-            C1=[                                                        # output, receptive field
-                Unit(conv(3, 48), 48),                                  # 48 x 32 x 32,  3
-                Unit(conv(48, 48), 48),                                 # 48 x 32 x 32,  5
-                Unit(conv(48, 96, stride=2), 96),                       # 96 x 16 x 16,  7
+            enlarge=2,
+            C1=[                                                        # output, receptive field in pixels of the image
+                Unit(conv(3, 16), 16),                                  # 16 x 64 x 64,  3
+                Unit(conv(16, 16), 16),                                 # 16 x 64 x 64,  4
+                Unit(conv(16, 64, stride=2), 64),                       # 64 x 32 x 32,  5
             ],
             C2=[
-                Unit(blueprint(96, 112), 112),                          # 112 x 16 x 16, 11
-                Unit(blueprint(112, 112), 112),                         # 112 x 16 x 16, 15
-                Unit(blueprint(112, 112, stride=2), 112),               # 112 x 8 x 8,   19
+                Unit(blueprint(64, 96), 96),                            # 96 x 32 x 32,  7
+                Unit(blueprint(96, 96), 96),                            # 96 x 32 x 32,  9
+                Unit(blueprint(96, 96, stride=2), 96),                  # 96 x 16 x 16,  11
             ],
             C3=[
-                Unit(blueprint(112, 112), 112),                         # 112 x 8 x 8,   27
-                Unit(blueprint(112, 112, dilation=2), 112),             # 112 x 8 x 8,   43
-                Unit(blueprint(112, 112, stride=2), 112),               # 112 x 4 x 4,   51
+                Unit(blueprint(96, 128), 128),                          # 128 x 16 x 16, 15
+                Unit(blueprint(128, 128, dilation=2), 128),             # 128 x 16 x 16, 23
+                Unit(blueprint(128, 128, stride=2), 128),               # 128 x 8 x 8,   27
             ],
             C4=[
-                Unit(blueprint(112, 112), 112),                         # 112 x 4 x 4,   67
-                Unit(blueprint(112, 112), 112),                         # 112 x 4 x 4,   83
-                Unit(blueprint(112, 112, stride=2), 112),               # 112 x 2 x 2,   99
+                Unit(blueprint(128, 176), 176),                         # 176 x 8 x 8,   35
+                Unit(blueprint(176, 176), 176),                         # 176 x 8 x 8,   43
+                Unit(blueprint(176, 176, stride=2), 176),               # 176 x 4 x 4,   51
             ],
-            O=[nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(112, num_classes)],
+            O=[nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(176, num_classes)],
         )
 
 

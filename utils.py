@@ -60,9 +60,6 @@ def check_settings(**settings):
         require("setting", name, f"from {', '.join(ALLOWED)}", name in ALLOWED)
         allowed, holds = ALLOWED[name]
         require(name, value, allowed, holds(value))
-    if settings.get("sizes") and "epochs" in settings:
-        require("sizes", settings["sizes"], f"at most {settings['epochs']} of them, one for each epoch",
-                len(settings["sizes"]) <= settings["epochs"])
 
 
 def _whole(low, high=float("inf")):
@@ -80,6 +77,8 @@ ALLOWED = {
     "augmentation": ("a probability, 0 to 1", lambda value: is_number(value) and 0 <= value <= 1),
     "sizes": ("None or a list of sizes in pixels, each 8 or more",
               lambda value: value is None or (isinstance(value, list) and value and all(map(_whole(8), value)))),
+    "teacher": ("None or the path of a folder, that of the saved teacher",
+                lambda value: value is None or isinstance(value, (str, Path)) and not Path(value).is_file()),
     "seed": ("a whole number, 0 to 4294967295", _whole(0, 2**32 - 1)),
     "num_workers": (f"None, or 0 to {CORES}, the number of cores",
                     lambda value: value is None or _whole(0, CORES)(value)),
@@ -158,13 +157,15 @@ def versions():
 
 # ---------------------------------------------------------------- training
 
-def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None, begun=None, size=None):
+def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None, begun=None, size=None, teacher=None):
     """Train one epoch on the batches of a `make_loader` and return its (loss, accuracy): means over the samples, accuracy
     in percent.
 
     The forward pass runs in `mixed_precision` of the model's device. `scheduler` steps after each batch;
     `on_step()` is called then as well. `begun`, a Counter, holds the sums of the batches so far: those that it counts
-    when the epoch begins are skipped. The images are resized to `size` x `size` pixels, if there is one.
+    when the epoch begins are skipped. The images are resized to `size` x `size` pixels, if there is one. With a
+    `teacher`, a trained network, which sees them before that, nine tenths of what is minimised is the `distance` to its
+    logits; the loss that is returned is the cross entropy all the same.
 
     Raises:
         FloatingPointError: the loss is no longer finite. RuntimeError: the GPU's memory is too small for the batch.
@@ -177,13 +178,16 @@ def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None, b
     for images, labels in itertools.islice(loader, begun["batches"], None):
         try:
             images, labels = normalise(images.to(device)), labels.to(device)
+            if teacher:
+                with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    aims = teacher(images).float()
             if size and size != images.shape[-1]:
                 images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 logits = model(images)
             loss = F.cross_entropy(logits.float(), labels)
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
+            scaler.scale(0.1 * loss + 0.9 * distance(logits.float(), aims) if teacher else loss).backward()
         except torch.OutOfMemoryError as error:
             raise RuntimeError(f"the memory of {hardware(device)} is too small for batch_size {len(labels)}: "
                                f"try {max(1, len(labels) // 2)}") from error
@@ -199,6 +203,14 @@ def train(model, loader, optimizer, scheduler=None, scaler=None, on_step=None, b
         if on_step:
             on_step()
     return begun["loss"] / begun["images"], 100 * begun["correct"] / begun["images"]
+
+
+def distance(logits, aims, temperature=4):
+    """Return how far (N, classes) logits are from those of a teacher: the mean Kullback-Leibler divergence of their
+    probabilities at that temperature, times its square. Hinton et al., Distilling the knowledge in a neural network,
+    https://arxiv.org/abs/1503.02531."""
+    logits, aims = (F.log_softmax(values / temperature, 1) for values in (logits, aims))
+    return temperature**2 * F.kl_div(logits, aims, reduction="batchmean", log_target=True)
 
 
 @torch.no_grad()
@@ -281,7 +293,7 @@ ROW = "{:5d}  {:10.4f}  {:11.2f}  {:9.4f}  {:10.2f}  {:7.1f}"
 
 
 def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4, device=None, checkpoint=None,
-        restart=False, sizes=None, optimizer="SGD"):
+        restart=False, sizes=None, optimizer="Muon", teacher=None):
     """Train with a one-cycle schedule and return the history: a list for each column, an entry for each epoch. The
     loaders are those of `make_loader`, the first one shuffled.
 
@@ -290,11 +302,11 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
     weights is kept, over about a twentieth of the run: from then on it is what is tested, and in the end what `model`
     holds. The test set is only looked at, never chosen on: the last epoch is the result.
 
-    `optimizer` is "SGD" or "Muon"; see `Muon`.
+    `optimizer` is "SGD" or "Muon"; see `Muon`. `teacher` is None, or a trained network to learn from; see `train`.
 
-    `sizes` are those of the training images in pixels, each for an equal share of the epochs: a short run is faster if
-    it begins with small images and ends with those of full size. Tan and Le, EfficientNetV2,
-    https://arxiv.org/abs/2104.00298. Tests are always at full size.
+    `sizes` are those of the training images in pixels, each for an equal share of the epochs, and only the last ones if
+    there are fewer epochs than sizes: a run is faster if it begins with small images and ends with those of full size.
+    Tests are always at full size. Tan and Le, EfficientNetV2, https://arxiv.org/abs/2104.00298.
 
     With a `checkpoint` path, the whole state is written there after every epoch and at an interrupt, which waits for
     the end of a step (a second one does not). A run that was interrupted or killed goes on from it, to the same weights
@@ -312,7 +324,8 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
             getattr(train_loader.sampler, "generator", None) is not None)
     device = pick_device(device)
     model.to(device, memory_format=torch.channels_last)
-    run = _Run(model, train_loader, epochs, max_lr, weight_decay, checkpoint, sizes, optimizer)
+    teacher = teacher and copy.deepcopy(teacher).eval().to(device, memory_format=torch.channels_last)
+    run = _Run(model, train_loader, epochs, max_lr, weight_decay, checkpoint, sizes, optimizer, teacher)
     with _alone(checkpoint), _interrupts_noted() as interrupts:
         if checkpoint and not restart:
             run.resume()
@@ -346,9 +359,9 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
 class _Run:
     """A training run and all of its state, which its checkpoint keeps."""
 
-    def __init__(self, model, loader, epochs, max_lr, weight_decay, checkpoint, sizes, optimizer):
+    def __init__(self, model, loader, epochs, max_lr, weight_decay, checkpoint, sizes, optimizer, teacher):
         device, data = next(model.parameters()).device, _base(loader.dataset)
-        self.loader, self.checkpoint, self.steps = loader, checkpoint, epochs * len(loader)
+        self.loader, self.checkpoint, self.teacher, self.steps = loader, checkpoint, teacher, epochs * len(loader)
         decay = max(0.0, 1 - 20 / self.steps)
         steps = make_optimizer(model, max_lr, weight_decay, optimizer)
         self.parts = {
@@ -361,7 +374,7 @@ class _Run:
             "network": type(model).__name__, "data": data.title, "images": len(loader.dataset), "epochs": epochs,
             "batch_size": loader.batch_size, "optimizer": optimizer, "max_lr": max_lr, "weight_decay": weight_decay,
             "averaging decay": decay, "sizes": sizes, "augmentations": str(data.transform).splitlines(), "seed": data.seed,
-            "layers": str(model).splitlines(),
+            "layers": str(model).splitlines(), "teacher": _fingerprint(teacher),
         }
         self.history = {name: [] for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds")}
         self.begun = Counter()  # what there is of the epoch that has begun
@@ -382,14 +395,14 @@ class _Run:
 
     def size(self):
         """Return the size of the training images in the epoch that begins, or None where they stay as they are."""
-        sizes, epoch = self.recipe["sizes"], len(self.history["seconds"])
-        return sizes[epoch * len(sizes) // self.recipe["epochs"]] if sizes else None
+        sizes, epochs, epoch = self.recipe["sizes"], self.recipe["epochs"], len(self.history["seconds"])
+        return sizes[max(epoch * len(sizes) // epochs, len(sizes) - epochs + epoch)] if sizes else None
 
     def train_epoch(self, test_loader, on_step):
         """Train one epoch, or the rest of the one that has begun, and test; return its row of the history."""
         self.start, self.order = time.perf_counter() - self.begun["seconds"], self.loader.sampler.generator.get_state()
         parts = (self.parts[name] for name in ("optimizer", "scheduler", "scaler"))
-        losses = train(self.parts["model"], self.loader, *parts, on_step, self.begun, self.size())
+        losses = train(self.parts["model"], self.loader, *parts, on_step, self.begun, self.size(), self.teacher)
         row = *losses, *test(self.result(), test_loader), time.perf_counter() - self.start
         if not np.isfinite(row).all():  # the last step of the epoch spoilt the weights
             raise FloatingPointError(f"after its last step: the loss is {row[2]}")
@@ -481,6 +494,12 @@ def _read_checkpoint(path):
     return None
 
 
+def _fingerprint(model):
+    """Return a hash of the network's state, or None if there is none."""
+    state = model.state_dict().values() if model else []
+    return hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in state)).hexdigest() if model else None
+
+
 def _difference(name, there, here):
     """Say how a setting differs; of lists of lines, where they begin to."""
     if isinstance(there, list) and isinstance(here, list):
@@ -552,17 +571,17 @@ def _alone(path):
 
 
 def run(network="NetDilated", data="CIFAR-10", epochs=90, batch_size=256, max_lr=0.3, weight_decay=5e-4,
-        augmentation=0.5, sizes=None, optimizer="SGD", seed=0, num_workers=None, validation_size=0, device=None,
-        checkpoint=None, restart=False, folder="weights"):
+        augmentation=0.5, sizes=None, optimizer="Muon", teacher=None, seed=0, num_workers=None, validation_size=0,
+        device=None, checkpoint=None, restart=False, folder="weights"):
     """Train one network from scratch, save it with its facts in `folder`, and return the model and the facts.
 
     The whole experiment in one call, as the notebook does it step by step. `augmentation` is the probability that
-    `train_transform` takes; the other settings are those of `fit`, `make_loader` and `load_dataset`. With a
-    `validation_size` the last training images take the place of the test set, and the facts have the temperature that
-    fits them best.
+    `train_transform` takes, `teacher` the folder of a saved NetDilated to learn from; the other settings are those of
+    `fit`, `make_loader` and `load_dataset`. With a `validation_size` the last training images take the place of the
+    test set, and the facts have the temperature that fits them best.
     """
     settings = {"epochs": epochs, "batch_size": batch_size, "max_lr": max_lr, "weight_decay": weight_decay,
-                "augmentation": augmentation, "sizes": sizes, "optimizer": optimizer, "seed": seed,
+                "augmentation": augmentation, "sizes": sizes, "optimizer": optimizer, "teacher": teacher, "seed": seed,
                 "validation_size": validation_size}
     check_settings(network=network, data=data, num_workers=num_workers, device=device, folder=folder,
                    checkpoint=checkpoint, restart=restart, **settings)
@@ -575,7 +594,8 @@ def run(network="NetDilated", data="CIFAR-10", epochs=90, batch_size=256, max_lr
     test_loader = make_loader(test_set, min(500, len(test_set)))
     model = build_network(network)
     history = fit(model, train_loader, test_loader, epochs, max_lr, weight_decay, device, checkpoint, restart, sizes,
-                  optimizer)
+                  optimizer, teacher and load_teacher(teacher, title_of(test_set)))
+    settings["teacher"] = teacher and str(teacher)
     facts = save(model, history, settings, title_of(test_set), folder)
     facts = add_facts(facts, folder, flip_accuracy=score(*predict(model, test_loader, flip=True))[1])
     if validation_size:
@@ -640,6 +660,14 @@ def load(name, folder="weights"):
         raise ValueError(f"{path} is not the file that {name}.json tells of: save both again (a finished run's cells, "
                          "run again, do), or take them from the repository")
     return model.eval(), facts
+
+
+def load_teacher(folder, data):
+    """Return the NetDilated saved in the folder, a ValueError where it was trained on other data than those of that title."""
+    teacher, facts = load("NetDilated", folder)
+    require("teacher", folder, f"None, or the folder of one trained on {data}, not on {facts['data']}",
+            facts["data"] == data)
+    return teacher
 
 
 def _saved_facts(name, folder):
@@ -927,12 +955,13 @@ PUBLISHED = {  # epochs and test accuracy, as the published answers state them
 
 def comparison_table(all_facts):
     """Return the facts of several networks as a Markdown table, the published figures beside ours. "With flips" is the
-    test accuracy with test-time augmentation, see `predict`."""
+    test accuracy with test-time augmentation, see `predict`; "distilled" networks had a teacher, see `train`."""
     head = ("network", "parameters", "multiply-accumulates", "receptive field", "epochs", "train accuracy %",
             "test accuracy %", "with flips %", "time", "published: epochs", "published: test accuracy %")
     rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for facts in all_facts:
-        rows.append((facts["network"], f"{facts['parameters']:,}", f"{facts['macs'] / 1e6:.1f} M",
+        distilled = ", distilled" if facts["settings"].get("teacher") else ""
+        rows.append((facts["network"] + distilled, f"{facts['parameters']:,}", f"{facts['macs'] / 1e6:.1f} M",
                      str(facts["receptive_field"]), str(facts["settings"]["epochs"]),
                      f"{facts['train_accuracy']:.2f}", f"{facts['test_accuracy']:.2f}", f"{facts['flip_accuracy']:.2f}",
                      f"{facts['seconds'] / 60:.0f} min", *PUBLISHED.get(facts["network"], ("-", "-"))))
@@ -1086,7 +1115,7 @@ def plot_receptive_field(model, dataset, path, mosaics=4):
         field = unit[-1].receptive_field
         row, column = ((index.min() + index.max()) / 2 for index in map(torch.flatten, weight.nonzero().T))
         axis.add_patch(plt.Rectangle((column - field / 2, row - field / 2), field, field, fill=False, color=ORANGE))
-        axis.set_title(f"C{number // 3 + 1}, {number % 3 + 1}: {field}", fontsize=10)
+        axis.set_title(f"C{number // 3 + 1}, {number % 3 + 1}: {field:.3g}", fontsize=10)
         axis.axis("off")
     figure.suptitle("What one position sees behind each convolution: pixels by weight, the theoretical square around")
     return _finish(figure, path)

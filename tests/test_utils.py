@@ -56,12 +56,12 @@ def after_step(number, action):
     """Call `action(model)` after each step of that number in a whole run, or after every one if None."""
     train = utils.train
 
-    def watched(model, loader, optimizer, scheduler, scaler, on_step, begun, size):
+    def watched(model, loader, optimizer, scheduler, scaler, on_step, *rest):
         def step():
             if number in (None, scheduler.last_epoch):
                 action(model)
             on_step()
-        return train(model, loader, optimizer, scheduler, scaler, step, begun, size)
+        return train(model, loader, optimizer, scheduler, scaler, step, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "train", watched)
@@ -118,7 +118,7 @@ def test_the_same_seed_gives_the_same_weights(root):
     assert equal(state(fit_tiny(root, 1)[0]), state(fit_tiny(root, 1)[0]))
 
 
-@pytest.mark.parametrize("epochs, sizes, seen", [(3, None, [32, 32, 32]), (4, [16, 32], [16, 16, 32, 32]),
+@pytest.mark.parametrize("epochs, sizes, seen", [(3, None, [32, 32, 32]), (4, [16, 32], [16, 16, 32, 32]), (2, [16, 24, 32], [24, 32]),
                                                  (3, [8, 24], [8, 8, 24]), (3, [16, 24, 32], [16, 24, 32])])
 def test_training_images_have_the_sizes_asked_for_and_test_images_their_own(epochs, sizes, seen, root):
     shapes = {True: [], False: []}  # by whether the network is being trained
@@ -204,6 +204,68 @@ def test_a_step_of_muon(root):
     assert all(torch.equal(trained[name], value) for name, value in one.state_dict().items())
 
 
+def test_the_distance_from_a_teacher_is_that_of_softened_probabilities():
+    """Against the definition: the divergence at temperature 4, times 16. Its gradient is that of logits at a distance of
+    a quarter, whatever is added to all of them."""
+    torch.manual_seed(0)
+    logits, aims = torch.randn(2, 6, 10, dtype=torch.float64) * 3
+    logits.requires_grad_()
+    ours, theirs = (F.softmax(values / 4, 1) for values in (logits, aims))
+    expected = 16 * (theirs * (theirs / ours).log()).sum(1).mean()
+    assert utils.distance(logits, aims).item() == pytest.approx(expected.item())
+    assert utils.distance(logits, logits + 5).item() == pytest.approx(0, abs=1e-9)
+    (gradient,) = torch.autograd.grad(utils.distance(logits, aims), logits)
+    torch.testing.assert_close(gradient, 4 * (ours - theirs) / 6)
+
+
+def test_a_distilled_network_comes_nearer_to_its_teacher_which_stays_as_it_is(root):
+    teacher, test_loader = fit_tiny(root, 4)[0].train(), loaders(root)[1]
+    before, aims = state(teacher), utils.predict(copy.deepcopy(teacher), test_loader)[0]
+    teacher.train()
+
+    def distance_after(**arguments):
+        utils.seed_everything(1)
+        model = Tiny()
+        utils.fit(model, *loaders(root), 4, device="cpu", **arguments)
+        return utils.distance(utils.predict(model, test_loader)[0], aims).item()
+
+    assert distance_after(teacher=teacher) < 0.5 * distance_after()
+    assert equal(before, state(teacher)) and teacher.training
+
+
+def test_nine_tenths_of_a_distilled_step_are_the_teachers(root):
+    """Recomputed; the teacher sees the images at full size, the network smaller ones."""
+    torch.manual_seed(0)
+    one, teacher, seen = Tiny(), Tiny().eval(), []
+    one.layers[3].p, other = 0, copy.deepcopy(one)
+    other.layers[3].p = 0
+    teacher.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0].shape))
+    batch = torch.randint(256, (20, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (20,))
+    loss, _ = utils.train(one, [batch], torch.optim.SGD(one.parameters(), 0.1), size=16, teacher=teacher)
+    images = normalise(batch[0])
+    with torch.autocast("cpu", utils.mixed_precision(torch.device("cpu")), enabled=bool(utils.mixed_precision(torch.device("cpu")))):
+        logits = other(F.interpolate(images, (16, 16), mode="bilinear", antialias=True)).float()
+        aims = teacher(images).float().detach()
+    entropy = F.cross_entropy(logits, batch[1])
+    (0.1 * entropy + 0.9 * utils.distance(logits, aims)).backward()
+    torch.optim.SGD(other.parameters(), 0.1).step()
+    assert loss == pytest.approx(entropy.item(), rel=1e-3) and seen[0] == (20, 3, 32, 32)
+    assert all(torch.allclose(one.state_dict()[key], value, atol=1e-4) for key, value in other.state_dict().items())
+
+
+def test_a_distilled_run_goes_on_with_the_same_teacher_only(root, tmp_path):
+    torch.manual_seed(0)
+    teacher, other = Tiny(), Tiny()
+    whole, _ = fit_tiny(root, 2, teacher=teacher)
+    checkpoint = tmp_path / "checkpoint.pt"
+    with after_step(25, lambda model: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(KeyboardInterrupt):
+        fit_tiny(root, 2, teacher=teacher, checkpoint=checkpoint)
+    for another in (None, other):
+        with pytest.raises(ValueError, match="is of another run \\(teacher: [0-9a-f]{64} there, [0-9a-fNone]+ here\\)"):
+            fit_tiny(root, 2, teacher=another, checkpoint=checkpoint)
+    assert equal(state(fit_tiny(root, 2, teacher=copy.deepcopy(teacher), checkpoint=checkpoint)[0]), state(whole))
+
+
 @pytest.mark.parametrize("vendor, flags, dtype", [
     ("GenuineIntel", "avx2", None), ("GenuineIntel", "avx512_bf16", None),
     ("GenuineIntel", "avx512_bf16 amx_bf16", torch.bfloat16),
@@ -224,6 +286,7 @@ IMPOSSIBLE = {
     "retrain": ["PublishedDilated", ["NetDilated"], None], "retrain_epochs": [0], "restart": [1, "yes", None],
     "checkpoint": [3, ["file"], True], "picture": [3, ["file"]], "sizes": [32, [], [7], [16.0], (16, 32)],
     "optimizer": ["Adam", None, []], "temperature": [0, -1.0, float("inf"), "1.2", None],
+    "teacher": [3, __file__, True],
 }
 
 
@@ -243,18 +306,13 @@ def test_possible_settings_pass():
     utils.check_settings(network="NetDilated", data="CIFAR-10", epochs=1, batch_size=1, max_lr=1, weight_decay=0,
                          augmentation=1, seed=2**32 - 1, num_workers=None, validation_size=0, device="cpu",
                          folder="weights", retrain=["PublishedDilated"], retrain_epochs=1, restart=True,
-                         checkpoint="checkpoints/NetDilated.pt", temperature=1, picture=None, sizes=[32], optimizer="Muon")
-    utils.check_settings(epochs=2, sizes=[16, 32])
-
-
-def test_sizes_that_no_epoch_would_have_are_refused():
-    with pytest.raises(ValueError, match="sizes is .*: choose at most 2 of them, one for each epoch"):
-        utils.check_settings(epochs=2, sizes=[16, 24, 32])
+                         checkpoint="checkpoints/NetDilated.pt", temperature=1, picture=None, sizes=[32], optimizer="Muon",
+                         teacher="weights/teacher")
 
 
 @pytest.mark.parametrize("name", ["network", "data", "epochs", "batch_size", "max_lr", "weight_decay", "augmentation",
                                   "seed", "num_workers", "validation_size", "device", "folder", "checkpoint",
-                                  "restart", "sizes", "optimizer"])
+                                  "restart", "sizes", "optimizer", "teacher"])
 def test_run_refuses_impossible_settings_before_it_loads_data(name, monkeypatch):
     monkeypatch.setattr(utils, "load_dataset", lambda *arguments: pytest.fail("work began"))
     with pytest.raises(ValueError, match=f"^{name} is "):
@@ -341,7 +399,7 @@ def test_a_run_with_muon_goes_on_to_the_same_weights(root, tmp_path):
     with after_step(27, lambda model: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(KeyboardInterrupt):
         fit_tiny(root, 2, **settings, checkpoint=tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="optimizer: Muon there, SGD here"):
-        fit_tiny(root, 2, max_lr=0.1, checkpoint=tmp_path / "checkpoint.pt")
+        fit_tiny(root, 2, max_lr=0.1, optimizer="SGD", checkpoint=tmp_path / "checkpoint.pt")
     resumed = fit_tiny(root, 2, **settings, checkpoint=tmp_path / "checkpoint.pt")[0]
     assert equal(state(whole), state(resumed)) and history["test_accuracy"][-1] > 20
 
@@ -409,13 +467,34 @@ def test_run_is_the_whole_experiment(root, tmp_path, monkeypatch):
     monkeypatch.setitem(utils.build_network.__globals__["NETWORKS"], "Tiny", lambda classes: Tiny())
     model, facts = utils.run("Tiny", "built-in", 2, 100, 0.1, num_workers=0, validation_size=400, folder=tmp_path)
     assert facts["settings"] == {"epochs": 2, "batch_size": 100, "max_lr": 0.1, "weight_decay": 5e-4, "augmentation": 0.5,
-                                 "sizes": None, "optimizer": "SGD", "seed": 0, "validation_size": 400}
+                                 "sizes": None, "optimizer": "Muon", "teacher": None, "seed": 0, "validation_size": 400}
     validation = make_loader(load_dataset("validation", "built-in", 400), 400)
     assert (facts["test_loss"], facts["test_accuracy"]) == pytest.approx(utils.test(model, validation))
     assert facts["temperature"] == utils.fit_temperature(*utils.predict(model, validation))
     assert facts["flip_accuracy"] == utils.score(*utils.predict(model, validation, flip=True))[1]
     assert utils.load_facts("Tiny", tmp_path) == facts
     assert "temperature" not in utils.run("Tiny", "built-in", 1, 100, 0.1, num_workers=0, folder=tmp_path)[1]
+
+
+def test_a_run_takes_its_teacher_from_a_folder_and_only_one_of_the_same_data(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("CIFAR10_ROOT", str(root))
+    for name in ("Tiny", "NetDilated"):
+        monkeypatch.setitem(utils.build_network.__globals__["NETWORKS"], name, lambda classes: Tiny())
+    settings = {"data": "built-in", "epochs": 1, "batch_size": 100, "num_workers": 0}
+    with pytest.raises(FileNotFoundError, match="teacher.NetDilated.pt is not there: train NetDilated first"):
+        utils.run("Tiny", **settings, folder=tmp_path, teacher=tmp_path / "teacher")
+    history = {"seconds": [1.0], "test_accuracy": [10.0]}
+    teacher = type("NetDilated", (Tiny,), {})()
+    utils.save(teacher, history, {}, load_dataset("test", "built-in", root=root).title, tmp_path / "teacher")
+    given = []
+    monkeypatch.setattr(utils, "fit", lambda *arguments, fit=utils.fit: given.append(arguments[-1]) or fit(*arguments))
+    facts = utils.run("Tiny", **settings, folder=tmp_path, teacher=tmp_path / "teacher")[1]
+    assert facts["settings"]["teacher"] == str(tmp_path / "teacher") and equal(state(given[0]), state(teacher))
+    assert "| Tiny, distilled |" in utils.comparison_table([facts])
+    utils.save(teacher, history, {}, "CIFAR-10", tmp_path / "other")
+    with pytest.raises(ValueError, match="^teacher is .*other'\\)?: choose None, or the folder of one trained on built-in "
+                                         "shapes, NOT CIFAR-10, not on CIFAR-10$"):
+        utils.run("Tiny", **settings, folder=tmp_path, teacher=tmp_path / "other")
 
 
 # ---------------------------------------------------------------- the rules
@@ -457,16 +536,16 @@ def set_head(*layers):
 
 
 BROKEN_NETWORKS = {
-    "four blocks": lambda: broken(lambda model: setattr(model, "C4", nn.Sequential())),
-    "three convolutions": lambda: broken(lambda model: model.C2.insert(1, Unit(conv(112, 112), 112))),
+    "four blocks": lambda: broken(lambda model: setattr(model.C3[2][0][1], "stride", (1, 1))),
+    "three convolutions": lambda: broken(lambda model: model.C2.insert(1, Unit(conv(96, 96), 96))),
     "stride 2": lambda: broken(lambda model: setattr(model.C4[2][0][1], "stride", (1, 1))),
     "no pooling": Pooled,
     "receptive field": lambda: broken(shrink_kernels),
     "a depthwise-separable": lambda: broken(no_pairs),
     "a dilated": lambda: broken(lambda model: setattr(model.C3[1][0][1], "dilation", (1, 1))
                                 or setattr(model.C3[1][0][1], "padding", (1, 1))),
-    "global average": lambda: broken(set_head(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(112, 10))),
-    "then at most": lambda: broken(set_head(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(112, 9), nn.Linear(9, 10))),
+    "global average": lambda: broken(set_head(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(176, 10))),
+    "then at most": lambda: broken(set_head(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(176, 9), nn.Linear(9, 10))),
     "fewer than": lambda: broken(lambda model: setattr(model, "more", nn.Parameter(torch.zeros(20_000)))),
 }
 
@@ -477,7 +556,7 @@ def test_a_network_that_breaks_a_rule_fails_its_row(rule):
 
 
 def test_a_network_without_global_pooling_fails_its_row():
-    rows = utils.check_rules(broken(set_head(nn.Flatten(), nn.Linear(448, 10))), train_transform())
+    rows = utils.check_rules(broken(set_head(nn.Flatten(), nn.Linear(2816, 10))), train_transform())
     assert not holds(rows, "global average")
 
 
@@ -741,7 +820,7 @@ def test_the_figure_of_the_receptive_field_outlines_what_the_gradients_reach(roo
     torch.manual_seed(0)
     figure = utils.plot_receptive_field(NetDilated(), load_dataset("test", "built-in", root=root), tmp_path / "field.png", 1)
     sides = [axis.patches[0].get_width() for axis in figure.axes]
-    assert sides == [3, 5, 7, 11, 15, 19, 27, 43, 51, 67, 83, 99] and (tmp_path / "field.png").exists()
+    assert sides == [3, 4, 5, 7, 9, 11, 15, 23, 27, 35, 43, 51] and (tmp_path / "field.png").exists()
     for axis, side in zip(figure.axes, sides):
         reached = axis.images[0].get_array() > 0
         assert reached.any(0).sum() == reached.any(1).sum() == side
