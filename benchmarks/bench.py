@@ -5,6 +5,7 @@ highest beside them; ratios are medians of the ratios within each repeat, so tha
 both sides. Each side of the training step is a process of its own, since memory settings and peaks are a process's.
 """
 import argparse
+import copy
 import json
 import multiprocessing
 import resource
@@ -29,14 +30,15 @@ from dataset import CORES, MEAN, STD, load_dataset, make_loader, normalise, trai
 from model import Dropout, Network, Unit, blueprint, build_network, conv, count_macs
 from short import SCHEDULE
 
-OURS, SHORT = "NetDilated, as the notebook trains it", "NetDilated, short schedule"
-DEFAULTS = "NetDilated, PyTorch's defaults"
-SIDES = {  # network, batch size, sizes of images step by step, whether trained as here or with PyTorch's defaults, optimizer
-    OURS: ("NetDilated", 256, 8 * [32], True),
+OURS, SHORT = "NetDilated", "NetDilated, short schedule"
+RECIPE, DEFAULTS = "NetDilated, as the notebook trains it", "NetDilated, PyTorch's defaults"
+SIDES = {  # network, batch size, sizes of images step by step, whether trained as here or with PyTorch's defaults, with what
+    OURS: ("NetDilated", 256, 4 * [32], True, "Muon"),
+    RECIPE: ("NetDilated", 256, [20, 24, 28, 32], True, "Muon", True),
     SHORT: ("NetDilated", SCHEDULE["batch_size"], 2 * SCHEDULE["sizes"], True, SCHEDULE["optimizer"]),
-    DEFAULTS: ("NetDilated", 256, 8 * [32], False),
-    "PublishedDilated, as published": ("PublishedDilated", 256, 4 * [32], False),
-    "PublishedDepthwise, as published": ("PublishedDepthwise", 512, 2 * [32], False),
+    DEFAULTS: ("NetDilated", 256, 4 * [32], False, "Muon"),
+    "PublishedDilated, as published": ("PublishedDilated", 256, 4 * [32], False, "SGD"),
+    "PublishedDepthwise, as published": ("PublishedDepthwise", 512, 2 * [32], False, "SGD"),
 }
 PUBLISHED_EPOCHS = {"PublishedDilated, as published": 150, "PublishedDepthwise, as published": 98}  # to 85 %
 
@@ -45,7 +47,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3, help="of each measurement, at least")
-    parser.add_argument("--images", type=int, default=16384, help="images that the loaders deliver, and the largest batch")
+    parser.add_argument("--images", type=int, default=50000, help="images that the loaders deliver, and the largest batch")
     parser.add_argument("--data", default="CIFAR-10", help="CIFAR-10 or built-in")
     parser.add_argument("--output", type=Path, default=HERE / "results.json")
     options = parser.parse_args(arguments)
@@ -97,7 +99,7 @@ def training_step(options):
     return rows
 
 
-def serve_side(pipe, options, network, batch_size, sizes, ours, optimizer="SGD"):
+def serve_side(pipe, options, network, batch_size, sizes, ours, optimizer, taught=False):
     """Measure one side whenever asked, in a process of its own: the rate over steps of these sizes."""
     batch_size = min(batch_size, options.images)
     if ours:
@@ -107,7 +109,7 @@ def serve_side(pipe, options, network, batch_size, sizes, ours, optimizer="SGD")
         utils.mixed_precision, utils.normalise = lambda device: None, lambda images: images  # their loaders did
         Dropout.forward = torch.nn.Dropout.forward
     train = trainer(build_network(network), batch_size, sizes, device,
-                    torch.channels_last if ours else torch.contiguous_format, optimizer)
+                    torch.channels_last if ours else torch.contiguous_format, optimizer, taught)
     train()
     pipe.send("ready")
     while True:
@@ -119,15 +121,17 @@ def serve_side(pipe, options, network, batch_size, sizes, ours, optimizer="SGD")
             pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
 
-def trainer(model, batch_size, sizes, device, memory_format, optimizer="SGD"):
+def trainer(model, batch_size, sizes, device, memory_format, optimizer="SGD", taught=False):
     """Return a function that trains the model for a step at each of the sizes on one random batch, with the training
-    loop itself."""
+    loop itself; if it is to be taught, by another one like it."""
     model.to(device, memory_format=memory_format)
+    teacher = copy.deepcopy(model).eval() if taught else None
     batch = torch.randint(256, (batch_size, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (batch_size,))
     if memory_format == torch.contiguous_format:
         batch = normalise(batch[0]).contiguous(), batch[1]
     optimizer = utils.make_optimizer(model, 0.01, 5e-4, optimizer)
-    return lambda: [utils.train(model, [batch] * count, optimizer, size=size) for size, count in Counter(sizes).items()]
+    return lambda: [utils.train(model, [batch] * count, optimizer, size=size, teacher=teacher)
+                    for size, count in Counter(sizes).items()]
 
 
 # ---------------------------------------------------------------- 2. time to 85 %
@@ -274,15 +278,16 @@ def growth(options, device):
 
 def widened(factor):
     """Return NetDilated with `factor` times its channels."""
-    a, b, c = (round(factor * width / 16) * 16 for width in (48, 96, 112))
+    a, b, c, d, e = (round(factor * width / 8) * 8 for width in (16, 64, 96, 128, 176))
 
-    def block(channels_in, dilation):
-        return [Unit(blueprint(channels_in, c), c), Unit(blueprint(c, c, dilation=dilation), c),
-                Unit(blueprint(c, c, stride=2), c)]
+    def block(channels_in, channels, dilation=1):
+        return [Unit(blueprint(channels_in, channels), channels),
+                Unit(blueprint(channels, channels, dilation=dilation), channels),
+                Unit(blueprint(channels, channels, stride=2), channels)]
 
     return Network([Unit(conv(3, a), a), Unit(conv(a, a), a), Unit(conv(a, b, stride=2), b)],
-                   block(b, 1), block(c, 2), block(c, 1),
-                   [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(c, 10)])
+                   block(b, c), block(c, d, dilation=2), block(d, e),
+                   [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(e, 10)], enlarge=2)
 
 
 # ---------------------------------------------------------------- 6. how near the limit

@@ -12,7 +12,8 @@ sys.path.insert(0, str(HERE.parent))
 
 import utils
 
-SCHEDULE = {"epochs": 4, "batch_size": 128, "augmentation": 0.1, "sizes": [16, 24, 28, 32], "optimizer": "Muon"}
+SCHEDULE = {"epochs": 3, "batch_size": 128, "augmentation": 0.1, "sizes": [16, 24, 32], "optimizer": "Muon",
+            "teacher": None}
 SEEDS = (0, 1, 2)
 
 

@@ -19,12 +19,12 @@ import model
 import utils
 from model import Depthwise, Network, Unit, conv
 
-SHORT = {"epochs": 10, "augmentation": 0.25, "validation_size": 10_000}
-LONG = {"epochs": 90, "augmentation": 0.5, "validation_size": 5_000}
+SHORT = {"epochs": 10, "optimizer": "SGD", "sizes": None, "augmentation": 0.25, "validation_size": 10_000}
+LONG = {"epochs": 90, "optimizer": "SGD", "sizes": None, "augmentation": 0.5, "validation_size": 5_000}
 
 
 class Try(Network):
-    """NetDilated with other widths, kernels, units or sizes of the map; as it is by default."""
+    """NetDilated with other widths, kernels, units or sizes of the map; by default as it was before its images were enlarged."""
 
     def __init__(self, num_classes=10, enlarge=1, first=(48, 48, 96), widths=(112, 112, 112), kernels=9 * (3,), unit=Unit,
                  inside=False):
@@ -78,7 +78,7 @@ class LateUnit(Unit):
 MUON = {**SHORT, "optimizer": "Muon"}
 LARGE = {"enlarge": 2, "first": (16, 16, 64), "widths": (96, 128, 176)}
 IDEAS = {  # of the network, of the recipe, and of Muon's ratio
-    "as it is": ({}, SHORT),
+    "as it was, SGD": ({}, SHORT),
     "Muon, ratio 0.1": ({}, MUON),
     "Muon, ratio 0.25": ({}, MUON, 0.25),
     "Muon, ratio 0.05": ({}, MUON, 0.05),
@@ -100,6 +100,8 @@ IDEAS = {  # of the network, of the recipe, and of Muon's ratio
     "90 epochs, Muon": ({}, {**LONG, "optimizer": "Muon"}),
     "90 epochs, Muon, images enlarged to 64x64, growing through 20, 24, 28 and 32 pixels before": (
         LARGE, {**LONG, "optimizer": "Muon", "sizes": [20, 24, 28, 32]}),
+    "90 epochs, the same, distilled from that one": (
+        LARGE, {**LONG, "optimizer": "Muon", "sizes": [20, 24, 28, 32], "teacher": "weights/teacher"}),
 }
 
 
@@ -113,7 +115,7 @@ def main(names):
         folder = HERE.parent / "checkpoints" / "tries" / name.replace("/", " ")
         with (mock.patch.dict(model.NETWORKS, {"Try": partial(Try, **layout)}),
               mock.patch.object(utils.Muon, "ratio", *(ratio or [utils.Muon.ratio]))):
-            facts = utils.run("Try" if layout else "NetDilated", **settings, checkpoint=folder / "checkpoint.pt",
+            facts = utils.run("Try", **settings, checkpoint=folder / "checkpoint.pt",
                               folder=folder)[1]
         rows[name] = {**{key: facts[key] for key in ("parameters", "macs", "train_accuracy", "test_accuracy", "test_loss",
                                                      "hardware", "date", "settings")},

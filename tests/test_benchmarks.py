@@ -68,8 +68,8 @@ def test_the_network_as_wide_as_ours_is_ours():
     assert count_parameters(bench.widened(2)) > 3 * count_parameters(same)
 
 
-def test_the_network_of_the_tries_is_ours_unless_told_otherwise():
-    ours, same, images = build_network("NetDilated"), tries.Try(), torch.randn(2, 3, 32, 32)
+def test_ours_is_among_the_tries():
+    ours, same, images = build_network("NetDilated"), tries.Try(**tries.LARGE), torch.randn(2, 3, 32, 32)
     same.load_state_dict(ours.state_dict())
     assert torch.equal(ours.eval()(images), same.eval()(images))
 
@@ -92,14 +92,14 @@ def test_a_try_writes_its_row_once(tmp_path, monkeypatch, capsys):
     (tmp_path / "benchmarks").mkdir()
     ratios = []
     monkeypatch.setattr(utils.Muon, "step", lambda self, closure=None: ratios.append(self.ratio))
-    tries.main(["as it is", "Muon, ratio 0.25"])
+    tries.main(["as it was, SGD", "Muon, ratio 0.25"])
     rows = json.loads((tmp_path / "benchmarks" / "tries.json").read_text())
-    assert list(rows) == ["as it is", "Muon, ratio 0.25"] and set(ratios) == {0.25} and utils.Muon.ratio == 0.1
+    assert list(rows) == ["as it was, SGD", "Muon, ratio 0.25"] and set(ratios) == {0.25} and utils.Muon.ratio == 0.1
     row = rows["Muon, ratio 0.25"]
     assert row["settings"]["optimizer"] == "Muon" and row["settings"]["validation_size"] == 400
-    assert row["parameters"] == count_parameters(build_network("NetDilated")) and row["seconds_an_epoch"] > 0
+    assert row["parameters"] == count_parameters(tries.Try()) and row["seconds_an_epoch"] > 0
     capsys.readouterr()
-    tries.main(["as it is"])
+    tries.main(["as it was, SGD"])
     assert "epoch" not in capsys.readouterr().out
 
 
