@@ -3,6 +3,7 @@ import contextlib
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_readme_shows_the_facts():
 def test_the_temperature_is_that_of_the_run_that_held_images_out():
     held_out = utils.load_facts("NetDilated", HERE / "weights" / "held-out")
     facts, text = utils.load_facts("NetDilated", HERE / "weights"), (HERE / "README.md").read_text()
-    assert held_out["settings"] == {"sizes": None, **facts["settings"], "validation_size": 5000}
+    assert held_out["settings"] == {**facts["settings"], "validation_size": 5000}
     assert facts["temperature"] == round(held_out["temperature"], 2)
     before, after = (f"{facts[name]:.1f}" for name in ("calibration_error", "calibrated_error"))
     assert f"The temperature, {facts['temperature']}, tones" in text and f"from {before} to {after} %" in " ".join(text.split())
@@ -101,8 +102,28 @@ def test_the_temperature_is_that_of_the_run_that_held_images_out():
     assert sum(f"`temperature`, {facts['temperature']}." in "".join(cell["source"]) for cell in notebook["cells"]) == 1
 
 
-def test_the_temperature_fits_the_images_that_were_held_out(real_test_set):
-    model, facts = utils.load("NetDilated", HERE / "weights" / "held-out")
+def test_the_teacher_is_of_the_same_recipe_without_one():
+    teacher = utils.load_facts("NetDilated", HERE / "weights" / "teacher")
+    facts, text = utils.load_facts("NetDilated", HERE / "weights"), (HERE / "README.md").read_text()
+    assert {"teacher": None, **teacher["settings"]} == {**facts["settings"], "teacher": None, "validation_size": 5000}
+    assert facts["settings"]["teacher"] == "weights/teacher"
+    assert f"{teacher['seconds'] / 60:.0f} minutes, and reaches {teacher['test_accuracy']:.2f} %" in " ".join(text.split())
+
+
+def test_readme_shows_the_runs():
+    folders = [HERE / "weights", *sorted((HERE / "weights").glob("seed-*"))]
+    runs, text = [utils.load_facts("NetDilated", folder) for folder in folders], (HERE / "README.md").read_text()
+    assert len(runs) > 1
+    for seed, run in enumerate(runs):
+        assert run["settings"] == {**runs[0]["settings"], "seed": seed}
+    accuracies, flipped = ([run[name] for run in runs] for name in ("test_accuracy", "flip_accuracy"))
+    assert (f"{' / '.join(f'{accuracy:.2f}' for accuracy in accuracies)} %, a mean of **{statistics.mean(accuracies):.2f} ± "
+            f"{statistics.stdev(accuracies):.2f} %** (with flips {statistics.mean(flipped):.2f} %)") in " ".join(text.split())
+
+
+@pytest.mark.parametrize("folder", ["held-out", "teacher"])
+def test_the_temperature_fits_the_images_that_were_held_out(folder, real_test_set):
+    model, facts = utils.load("NetDilated", HERE / "weights" / folder)
     model.to(utils.pick_device(), memory_format=torch.channels_last)
     held_out = load_dataset("validation", validation_size=facts["settings"]["validation_size"])
     logits, labels = utils.predict(model, make_loader(held_out, 500))
@@ -186,7 +207,7 @@ def test_readme_shows_the_benchmark():
     accuracies = [run["test_accuracy"] for run in short["runs"]]
     assert f"{' / '.join(f'{accuracy:.2f}' for accuracy in accuracies)} % with seeds 0, 1 and 2" in text
     assert short["mean_test_accuracy"] == pytest.approx(sum(accuracies) / 3) and f"**{sum(accuracies) / 3:.2f} %**" in text
-    settings = json.dumps(short["schedule"])[1:-1]
+    settings = json.dumps(short["schedule"])[1:-1].replace("null", "None")
     assert settings in text
     notebook = json.loads((HERE / "S9.ipynb").read_text())
     (hurry,) = ["".join(cell["source"]) for cell in notebook["cells"] if settings in "".join(cell["source"])]
