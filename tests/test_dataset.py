@@ -131,6 +131,20 @@ print("workers:", loader.num_workers, sum(len(labels) for _, labels in loader))"
     assert "workers: 1 2000" in run.stdout
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can widen a pipe")
+def test_a_batch_fits_into_the_pipe_from_the_workers(train_set):
+    import fcntl
+    loader = make_loader(train_set, 256, True, 1)
+    images, _ = next(iter(loader))
+    assert fcntl.fcntl(loader._iterator._worker_result_queue._reader.fileno(), fcntl.F_GETPIPE_SZ) > images.nbytes
+
+
+def test_workers_do_without_a_wider_pipe(train_set, monkeypatch):
+    expected = epoch(make_loader(train_set, 256, True, 0))
+    monkeypatch.setattr(dataset, "fcntl", None)  # as on Windows
+    assert torch.equal(epoch(make_loader(train_set, 256, True, 1)), expected)
+
+
 def test_a_worker_that_dies_is_named(root):
     code = f"""import os, signal, sys; sys.path.insert(0, {str(HERE)!r})
 from dataset import load_dataset, make_loader
