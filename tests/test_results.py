@@ -117,8 +117,10 @@ def test_readme_shows_the_runs():
     for seed, run in enumerate(runs):
         assert run["settings"] == {**runs[0]["settings"], "seed": seed}
     accuracies, flipped = ([run[name] for run in runs] for name in ("test_accuracy", "flip_accuracy"))
+    seconds = [run["seconds"] / run["settings"]["epochs"] for run in runs]
     assert (f"{' / '.join(f'{accuracy:.2f}' for accuracy in accuracies)} %, a mean of **{statistics.mean(accuracies):.2f} ± "
-            f"{statistics.stdev(accuracies):.2f} %** (with flips {statistics.mean(flipped):.2f} %)") in " ".join(text.split())
+            f"{statistics.stdev(accuracies):.2f} %** (with flips {statistics.mean(flipped):.2f} %), in "
+            f"{min(seconds):.0f} to {max(seconds):.0f} seconds an epoch.") in " ".join(text.split())
 
 
 @pytest.mark.parametrize("folder", ["held-out", "teacher"])
