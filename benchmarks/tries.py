@@ -3,6 +3,7 @@ images, which it does not see; writes a row for each into benchmarks/tries.json.
 
 `python benchmarks/tries.py` makes the rows that are missing, or those of the ideas named as arguments.
 """
+import contextlib
 import json
 import statistics
 import sys
@@ -27,8 +28,10 @@ class Try(Network):
     """NetDilated with other widths, kernels, units or sizes of the map; by default as it was before its images were enlarged."""
 
     def __init__(self, num_classes=10, enlarge=1, first=(48, 48, 96), widths=(112, 112, 112), kernels=9 * (3,), unit=Unit,
-                 inside=False):
+                 inside=False, depthwise_first=False):
         def pair(channels_in, channels, kernel, stride, dilation):
+            if depthwise_first:
+                return nn.Sequential(Depthwise(channels_in, kernel, stride, dilation), conv(channels_in, channels, 1))
             inner = [nn.BatchNorm2d(channels), nn.SiLU()] if inside else []
             return nn.Sequential(conv(channels_in, channels, 1), *inner, Depthwise(channels, kernel, stride, dilation))
 
@@ -75,13 +78,27 @@ class LateUnit(Unit):
         return self[2](x + y if x.shape == y.shape else y)
 
 
+class ReluUnit(Unit):
+    """A unit with ReLU in the place of SiLU."""
+
+    def __init__(self, convolution, channels):
+        super().__init__(convolution, channels)
+        self[2] = nn.ReLU()
+
+
+def all_decay(model, max_lr, weight_decay, name, make_optimizer=utils.make_optimizer):
+    """Return the optimizer with weight decay of norms and biases too."""
+    optimizer = make_optimizer(model, max_lr, weight_decay, name)
+    optimizer.param_groups[1]["weight_decay"] = weight_decay
+    return optimizer
+
+
 MUON = {**SHORT, "optimizer": "Muon"}
+GROWING = {**MUON, "sizes": [16, 24, 32]}
 LARGE = {"enlarge": 2, "first": (16, 16, 64), "widths": (96, 128, 176)}
-IDEAS = {  # of the network, of the recipe, and of Muon's ratio
+IDEAS = {  # of the network, of the recipe, and what else is replaced: object, attribute, by what
     "as it was, SGD": ({}, SHORT),
-    "Muon, ratio 0.1": ({}, MUON),
-    "Muon, ratio 0.25": ({}, MUON, 0.25),
-    "Muon, ratio 0.05": ({}, MUON, 0.05),
+    "Muon": ({}, MUON),
     "Muon, 5x5 kernels in the first units of C3 and C4": ({"kernels": (3, 3, 3, 5, 3, 3, 5, 3, 3)}, MUON),
     "Muon, units begin as identity": ({"unit": QuietUnit}, MUON),
     "Muon, batch norm and SiLU within pairs": ({"inside": True}, MUON),
@@ -92,10 +109,15 @@ IDEAS = {  # of the network, of the recipe, and of Muon's ratio
     "Muon, images enlarged to 48x48, channels 32, 32, 96 in C1, then 96, 128, 136": (
         {"enlarge": 1.5, "first": (32, 32, 96), "widths": (96, 128, 136)}, MUON),
     "Muon, images enlarged to 64x64, channels 16, 16, 64 in C1, then 96, 128, 176": (LARGE, MUON),
-    "Muon, the same, training images growing through 16, 24 and 32 pixels before": (
-        LARGE, {**MUON, "sizes": [16, 24, 32]}),
+    "Muon, the same, training images growing through 16, 24 and 32 pixels before": (LARGE, GROWING),
     "Muon, images enlarged to 64x64, channels 16, 16, 64 in C1, then 64, 128, 192": (
         {"enlarge": 2, "first": (16, 16, 64), "widths": (64, 128, 192)}, MUON),
+    "as it is now, SGD": (LARGE, {**GROWING, "optimizer": "SGD"}),
+    "as it is now, no residual additions": ({**LARGE, "unit": PlainUnit}, GROWING),
+    "as it is now, ReLU": ({**LARGE, "unit": ReluUnit}, GROWING),
+    "as it is now, depthwise before pointwise": ({**LARGE, "depthwise_first": True}, GROWING),
+    "as it is now, no average of the weights": (LARGE, GROWING, (utils._Run, "average_weights", lambda run: None)),
+    "as it is now, weight decay of norms and biases": (LARGE, GROWING, (utils, "make_optimizer", all_decay)),
     "90 epochs, SGD": ({}, LONG),
     "90 epochs, Muon": ({}, {**LONG, "optimizer": "Muon"}),
     "90 epochs, Muon, images enlarged to 64x64, growing through 20, 24, 28 and 32 pixels before": (
@@ -111,12 +133,13 @@ def main(names):
     for name in names or IDEAS:
         if name in rows:
             continue
-        layout, settings, *ratio = IDEAS[name]
+        layout, settings, *replaced = IDEAS[name]
         folder = HERE.parent / "checkpoints" / "tries" / name.replace("/", " ")
-        with (mock.patch.dict(model.NETWORKS, {"Try": partial(Try, **layout)}),
-              mock.patch.object(utils.Muon, "ratio", *(ratio or [utils.Muon.ratio]))):
-            facts = utils.run("Try", **settings, checkpoint=folder / "checkpoint.pt",
-                              folder=folder)[1]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.dict(model.NETWORKS, {"Try": partial(Try, **layout)}))
+            for target in replaced:
+                stack.enter_context(mock.patch.object(*target))
+            facts = utils.run("Try", **settings, checkpoint=folder / "checkpoint.pt", folder=folder)[1]
         rows[name] = {**{key: facts[key] for key in ("parameters", "macs", "train_accuracy", "test_accuracy", "test_loss",
                                                      "hardware", "date", "settings")},
                       "seconds_an_epoch": statistics.median(facts["history"]["seconds"])}

@@ -83,24 +83,39 @@ def test_every_try_keeps_the_rules(name):
     assert all(holds for _, _, holds in utils.check_rules(network))
 
 
-def test_a_try_writes_its_row_once(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def small_tries(tmp_path, monkeypatch):
+    """The tries in one epoch of built-in data, sixteen batches; the path of their file."""
+    small = {"data": "built-in", "epochs": 1, "batch_size": 100, "validation_size": 400, "sizes": None}
+    monkeypatch.setattr(tries, "IDEAS", {name: (layout, settings | small, *replaced)
+                                         for name, (layout, settings, *replaced) in tries.IDEAS.items()})
     monkeypatch.setattr(tries, "HERE", tmp_path / "benchmarks")
-    small = {"data": "built-in", "epochs": 1, "batch_size": 100, "validation_size": 400}
-    monkeypatch.setattr(tries, "IDEAS", {name: (layout, settings | small, *ratio)
-                                         for name, (layout, settings, *ratio) in tries.IDEAS.items()})
     monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path))
     (tmp_path / "benchmarks").mkdir()
-    ratios = []
-    monkeypatch.setattr(utils.Muon, "step", lambda self, closure=None: ratios.append(self.ratio))
-    tries.main(["as it was, SGD", "Muon, ratio 0.25"])
-    rows = json.loads((tmp_path / "benchmarks" / "tries.json").read_text())
-    assert list(rows) == ["as it was, SGD", "Muon, ratio 0.25"] and set(ratios) == {0.25} and utils.Muon.ratio == 0.1
-    row = rows["Muon, ratio 0.25"]
-    assert row["settings"]["optimizer"] == "Muon" and row["settings"]["validation_size"] == 400
-    assert row["parameters"] == count_parameters(tries.Try()) and row["seconds_an_epoch"] > 0
+    return tmp_path / "benchmarks" / "tries.json"
+
+
+def test_a_try_writes_its_row_once(small_tries, capsys):
+    tries.main(["as it was, SGD", "Muon"])
+    rows = json.loads(small_tries.read_text())
+    assert list(rows) == ["as it was, SGD", "Muon"]
+    assert rows["Muon"]["settings"]["optimizer"] == "Muon" and rows["Muon"]["settings"]["validation_size"] == 400
+    assert rows["Muon"]["parameters"] == count_parameters(tries.Try()) and rows["Muon"]["seconds_an_epoch"] > 0
     capsys.readouterr()
     tries.main(["as it was, SGD"])
     assert "epoch" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, averages, decay", [("no average of the weights", 0, 0),
+                                                   ("weight decay of norms and biases", 8, 5e-4)])
+def test_a_try_replaces_what_it_says(name, averages, decay, small_tries, monkeypatch):
+    averaged, decays = [], []
+    monkeypatch.setattr(utils.Muon, "step", lambda self, closure=None: decays.append(self.param_groups[1]["weight_decay"]))
+    monkeypatch.setattr(utils.AveragedModel, "update_parameters", lambda self, model: averaged.append(1))
+    before = utils._Run.average_weights, utils.make_optimizer
+    tries.main([f"as it is now, {name}"])
+    assert len(averaged) == averages and set(decays) == {decay}
+    assert (utils._Run.average_weights, utils.make_optimizer) == before
 
 
 def test_the_short_schedule_takes_finished_runs_as_they_are(tmp_path, monkeypatch, capsys):
