@@ -496,8 +496,9 @@ def _read_checkpoint(path):
 
 def _fingerprint(model):
     """Return a hash of the network's state, or None if there is none."""
-    state = model.state_dict().values() if model else []
-    return hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in state)).hexdigest() if model else None
+    if model is None:
+        return None
+    return hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())).hexdigest()
 
 
 def _difference(name, there, here):

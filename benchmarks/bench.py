@@ -27,8 +27,9 @@ sys.path.insert(0, str(HERE.parent))
 
 import utils
 from dataset import CORES, MEAN, STD, load_dataset, make_loader, normalise, train_transform
-from model import Dropout, Network, Unit, blueprint, build_network, conv, count_macs
+from model import Dropout, build_network, count_macs
 from short import SCHEDULE
+from tries import LARGE, Try
 
 OURS, SHORT = "NetDilated", "NetDilated, short schedule"
 RECIPE, DEFAULTS = "NetDilated, as the notebook trains it", "NetDilated, PyTorch's defaults"
@@ -278,16 +279,8 @@ def growth(options, device):
 
 def widened(factor):
     """Return NetDilated with `factor` times its channels."""
-    a, b, c, d, e = (round(factor * width / 8) * 8 for width in (16, 64, 96, 128, 176))
-
-    def block(channels_in, channels, dilation=1):
-        return [Unit(blueprint(channels_in, channels), channels),
-                Unit(blueprint(channels, channels, dilation=dilation), channels),
-                Unit(blueprint(channels, channels, stride=2), channels)]
-
-    return Network([Unit(conv(3, a), a), Unit(conv(a, a), a), Unit(conv(a, b, stride=2), b)],
-                   block(b, c), block(c, d, dilation=2), block(d, e),
-                   [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(e, 10)], enlarge=2)
+    first, widths = ([round(factor * width / 8) * 8 for width in LARGE[name]] for name in ("first", "widths"))
+    return Try(enlarge=LARGE["enlarge"], first=first, widths=widths)
 
 
 # ---------------------------------------------------------------- 6. how near the limit
