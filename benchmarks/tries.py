@@ -28,7 +28,7 @@ class Try(Network):
     """NetDilated with other widths, kernels, units or sizes of the map; by default as it was before its images were enlarged."""
 
     def __init__(self, num_classes=10, enlarge=1, first=(48, 48, 96), widths=(112, 112, 112), kernels=9 * (3,), unit=Unit,
-                 inside=False, depthwise_first=False):
+                 inside=False, depthwise_first=False, dilations=(1, 1, 1, 1, 2, 1, 1, 1, 1)):
         def pair(channels_in, channels, kernel, stride, dilation):
             if depthwise_first:
                 return nn.Sequential(Depthwise(channels_in, kernel, stride, dilation), conv(channels_in, channels, 1))
@@ -37,7 +37,7 @@ class Try(Network):
 
         one, two, three = first
         outputs = [width for width in widths for _ in range(3)]
-        rows = zip((three, *outputs), outputs, kernels, 3 * (1, 1, 2), (1, 1, 1, 1, 2, 1, 1, 1, 1))
+        rows = zip((three, *outputs), outputs, kernels, 3 * (1, 1, 2), dilations)
         units = [unit(pair(*row), row[1]) for row in rows]
         super().__init__([unit(conv(3, one), one), unit(conv(one, two), two), unit(conv(two, three, stride=2), three)],
                          units[:3], units[3:6], units[6:],
@@ -118,12 +118,18 @@ IDEAS = {  # of the network, of the recipe, and what else is replaced: object, a
     "as it is now, depthwise before pointwise": ({**LARGE, "depthwise_first": True}, GROWING),
     "as it is now, no average of the weights": (LARGE, GROWING, (utils._Run, "average_weights", lambda run: None)),
     "as it is now, weight decay of norms and biases": (LARGE, GROWING, (utils, "make_optimizer", all_decay)),
+    "as it is now, batches of 128": (LARGE, {**GROWING, "batch_size": 128}),
+    "as it is now, 144 channels in C3": ({**LARGE, "widths": (96, 144, 176)}, GROWING),
+    "as it is now, enlarged to 80x80, channels 16, 16, 48 in C1, then 64, 144, 192, dilation 2 in C4 too": (
+        {"enlarge": 2.5, "first": (16, 16, 48), "widths": (64, 144, 192), "dilations": (1, 1, 1, 1, 2, 1, 1, 2, 1)}, GROWING),
     "90 epochs, SGD": ({}, LONG),
     "90 epochs, Muon": ({}, {**LONG, "optimizer": "Muon"}),
     "90 epochs, Muon, images enlarged to 64x64, growing through 20, 24, 28 and 32 pixels before": (
         LARGE, {**LONG, "optimizer": "Muon", "sizes": [20, 24, 28, 32]}),
     "90 epochs, the same, distilled from that one": (
         LARGE, {**LONG, "optimizer": "Muon", "sizes": [20, 24, 28, 32], "teacher": "weights/teacher"}),
+    "90 epochs, batches of 128, distilled from the distilled one": (
+        LARGE, {**LONG, "optimizer": "Muon", "sizes": [20, 24, 28, 32], "teacher": "weights/held-out", "batch_size": 128}),
 }
 
 
