@@ -95,6 +95,7 @@ def all_decay(model, max_lr, weight_decay, name, make_optimizer=utils.make_optim
 
 MUON = {**SHORT, "optimizer": "Muon"}
 GROWING = {**MUON, "sizes": [16, 24, 32]}
+LONG_GROWING = {**LONG, "optimizer": "Muon", "sizes": [20, 24, 28, 32]}
 LARGE = {"enlarge": 2, "first": (16, 16, 64), "widths": (96, 128, 176)}
 IDEAS = {  # of the network, of the recipe, and what else is replaced: object, attribute, by what
     "as it was, SGD": ({}, SHORT),
@@ -125,11 +126,11 @@ IDEAS = {  # of the network, of the recipe, and what else is replaced: object, a
     "90 epochs, SGD": ({}, LONG),
     "90 epochs, Muon": ({}, {**LONG, "optimizer": "Muon"}),
     "90 epochs, Muon, images enlarged to 64x64, growing through 20, 24, 28 and 32 pixels before": (
-        LARGE, {**LONG, "optimizer": "Muon", "sizes": [20, 24, 28, 32]}),
+        LARGE, LONG_GROWING),
     "90 epochs, the same, distilled from that one": (
-        LARGE, {**LONG, "optimizer": "Muon", "sizes": [20, 24, 28, 32], "teacher": "weights/teacher"}),
+        LARGE, {**LONG_GROWING, "teacher": "weights/teacher"}),
     "90 epochs, batches of 128, distilled from the distilled one": (
-        LARGE, {**LONG, "optimizer": "Muon", "sizes": [20, 24, 28, 32], "teacher": "weights/held-out", "batch_size": 128}),
+        LARGE, {**LONG_GROWING, "teacher": "weights/held-out", "batch_size": 128}),
 }
 
 
