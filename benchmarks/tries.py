@@ -96,6 +96,7 @@ def all_decay(model, max_lr, weight_decay, name, make_optimizer=utils.make_optim
 MUON = {**SHORT, "optimizer": "Muon"}
 GROWING = {**MUON, "sizes": [16, 24, 32]}
 LONG_GROWING = {**LONG, "optimizer": "Muon", "sizes": [20, 24, 28, 32]}
+MIDDLE = {**LONG_GROWING, "epochs": 30, "validation_size": 10_000}
 LARGE = {"enlarge": 2, "first": (16, 16, 64), "widths": (96, 128, 176)}
 IDEAS = {  # of the network, of the recipe, and what else is replaced: object, attribute, by what
     "as it was, SGD": ({}, SHORT),
@@ -123,6 +124,9 @@ IDEAS = {  # of the network, of the recipe, and what else is replaced: object, a
     "as it is now, 144 channels in C3": ({**LARGE, "widths": (96, 144, 176)}, GROWING),
     "as it is now, enlarged to 80x80, channels 16, 16, 48 in C1, then 64, 144, 192, dilation 2 in C4 too": (
         {"enlarge": 2.5, "first": (16, 16, 48), "widths": (64, 144, 192), "dilations": (1, 1, 1, 1, 2, 1, 1, 2, 1)}, GROWING),
+    "30 epochs": (LARGE, MIDDLE),
+    "30 epochs, max_lr 0.15": (LARGE, {**MIDDLE, "max_lr": 0.15}),
+    "30 epochs, max_lr 0.6": (LARGE, {**MIDDLE, "max_lr": 0.6}),
     "90 epochs, SGD": ({}, LONG),
     "90 epochs, Muon": ({}, {**LONG, "optimizer": "Muon"}),
     "90 epochs, Muon, images enlarged to 64x64, growing through 20, 24, 28 and 32 pixels before": (
