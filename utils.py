@@ -299,8 +299,8 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
 
     Smith and Topin, Super-convergence, https://arxiv.org/abs/1708.07120: the learning rate rises to `max_lr` over
     the first quarter of the steps and falls to nearly zero. In the second half an exponential moving average of the
-    weights is kept, over about a twentieth of the run: from then on it is what is tested, and in the end what `model`
-    holds. The test set is only looked at, never chosen on: the last epoch is the result.
+    weights is kept, over about a twentieth of the run: from then on it is what is tested, and what `model` holds in the
+    end or behind an interrupt. The test set is only looked at, never chosen on: the last epoch is the result.
 
     `optimizer` is "SGD" or "Muon"; see `Muon`. `teacher` is None, or a trained network to learn from; see `train`.
 
@@ -351,6 +351,7 @@ def fit(model, train_loader, test_loader, epochs, max_lr=0.3, weight_decay=5e-4,
                 except KeyboardInterrupt:
                     kept = run.stop(at_a_step=len(interrupts) == 1)
                     print(f"interrupted in epoch {epoch}: {kept}", flush=True)
+                    model.load_state_dict(run.result().state_dict())
                     raise
     model.load_state_dict(run.result().state_dict())
     return run.history

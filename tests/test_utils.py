@@ -404,18 +404,41 @@ def test_a_run_with_muon_goes_on_to_the_same_weights(root, tmp_path):
     assert equal(state(whole), state(resumed)) and history["test_accuracy"][-1] > 20
 
 
-def test_the_weights_are_averaged_in_the_second_half(root, tmp_path):
+def average(states):
+    """Return the moving average of tiny runs of 40 steps; what counts batches is left out."""
+    mean = {key: value for key, value in states[0].items() if value.is_floating_point()}
+    for other in states[1:]:
+        mean = {key: value.lerp(other[key], 20 / 40) for key, value in mean.items()}
+    return mean
+
+
+def test_the_weights_are_averaged_in_the_second_half(root):
     """Recomputed from the weights after every step."""
     after = []
     with after_step(None, lambda model: after.append(state(model))):
         model, history = fit_tiny(root, 2)
-    first, *others = after[20:]
-    averaged = {key: value for key, value in first.items() if value.is_floating_point()}  # the rest counts batches
-    for other in others:
-        averaged = {key: value.lerp(other[key], 20 / 40) for key, value in averaged.items()}
-    for key, value in averaged.items():
+    for key, value in average(after[20:]).items():
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-5, atol=1e-6)
     assert utils.test(model, loaders(root)[1]) == (history["test_loss"][-1], history["test_accuracy"][-1])
+
+
+def test_behind_an_interrupt_the_network_has_the_averaged_weights(root, tmp_path):
+    """So it is as good as the history says, and the run still goes on with the weights as they were."""
+    after = []
+
+    def look(model):
+        after.append(state(model))
+        if len(after) == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    utils.seed_everything(0)
+    model = Tiny()
+    with after_step(None, look), pytest.raises(KeyboardInterrupt):
+        utils.fit(model, *loaders(root), 2, device="cpu", checkpoint=tmp_path / "checkpoint.pt")
+    for key, value in average(after[20:]).items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+    utils.fit(model, *loaders(root), 2, device="cpu", checkpoint=tmp_path / "checkpoint.pt")
+    assert equal(state(model), state(fit_tiny(root, 2)[0]))
 
 
 def test_a_checkpoint_of_another_run_is_refused_by_name(root, tmp_path):
