@@ -221,10 +221,3 @@ def test_readme_shows_the_tries():
     for name, row in tries.items():
         assert (f"| {name} | {row['parameters']:,} | {row['macs'] / 1e6:.1f} M | {row['seconds_an_epoch']:.0f} | "
                 f"{row['test_accuracy']:.2f} | {row['test_loss']:.3f} |") in text
-
-
-def test_readme_says_what_the_average_of_the_weights_is_for():
-    text = " ".join((HERE / "README.md").read_text().split())
-    for folder in ("held-out", "teacher"):
-        accuracies = json.loads((HERE / "weights" / folder / "NetDilated.json").read_text())["history"]["test_accuracy"]
-        assert "from {:.1f} to {:.1f} %".format(*accuracies[44:46]) in text
