@@ -1,10 +1,10 @@
 """CIFAR-10 with albumentations, its loaders, and a built-in stand-in for machines without CIFAR-10."""
-import contextlib
 import os
 import pickle
 import random
 import signal
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing a module should not ask the network for news
@@ -13,13 +13,8 @@ import albumentations as A
 import numpy as np
 import torch
 import torchvision
-from torch.utils.data import DataLoader, RandomSampler, Subset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
 from torchvision.datasets.utils import check_integrity
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images, by channel, 0 to 1
@@ -28,7 +23,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 FILL = tuple(round(255 * channel) for channel in MEAN)  # the mean colour on the scale of the uint8 images
 
 
-def train_transform(p=0.5):
+def train_transform(p: float = 0.5) -> A.Compose:
     """Return the assignment's augmentations: uint8 (H, W, 3) to uint8 (32, 32, 3).
 
     Half of the images are mirrored; shift, scale and rotation, and the hole, are each applied with probability p.
@@ -50,7 +45,7 @@ def train_transform(p=0.5):
         ])
 
 
-def test_transform():
+def test_transform() -> A.Compose:
     """Return the transform of images that are not augmented: uint8 (H, W, 3) to uint8 (32, 32, 3).
 
     A larger image is averaged over areas, so that no detail of it turns into noise.
@@ -58,7 +53,7 @@ def test_transform():
     return A.Compose([A.Resize(32, 32, area_for_downscale="image")])
 
 
-def normalise(images):
+def normalise(images: np.ndarray | torch.Tensor) -> torch.Tensor:
     """Return uint8 (N, H, W, 3) images as float32 (N, 3, H, W), mean 0 and standard deviation 1 by channel.
 
     The result is a view of channels_last memory, the layout in which convolutions are fastest.
@@ -74,7 +69,7 @@ def normalise(images):
     return rows.sub_(mean).div_(std).view(images.shape).permute(0, 3, 1, 2)
 
 
-def unnormalise(images):
+def unnormalise(images: torch.Tensor) -> np.ndarray:
     """Return normalised (N, 3, H, W) images as uint8 (N, H, W, 3): the inverse of `normalise`."""
     mean, std = (255 * torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
     return (images * std + mean).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
@@ -113,7 +108,7 @@ class CIFAR10(torchvision.datasets.CIFAR10):
             self.transform.set_random_state(np.random.default_rng(seed), random.Random(int(seed.generate_state(1)[0])))
         return [self[index] for index in indices]
 
-    def _trouble(self, root, error):
+    def _trouble(self, root: Path, error: Exception) -> str:
         """Say in one line why the data could not be loaded and what to do."""
         folder, archive = root / self.base_folder, root / self.filename
         cause = " ".join(str(error).split())
@@ -159,23 +154,24 @@ class BuiltInShapes(CIFAR10):
 DATASETS = {"CIFAR-10": CIFAR10, "built-in": BuiltInShapes}
 
 
-def data_folder():
+def data_folder() -> Path:
     """Return the folder of the data sets: `CIFAR10_ROOT`, or `data` in the working folder."""
     return Path(os.environ.get("CIFAR10_ROOT") or "data")
 
 
-def require(name, value, allowed, holds):
+def require(name: str, value: object, allowed: str, holds: bool) -> None:
     """Raise a ValueError that names the setting, its value and what is allowed, unless it holds."""
     if not holds:
         raise ValueError(f"{name} is {value!r}: choose {allowed}")
 
 
-def is_number(value):
+def is_number(value: object) -> bool:
     """Say whether the value is a finite number, and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
 
 
-def load_dataset(split="train", data="CIFAR-10", validation_size=0, transform=None, seed=0, root=None):
+def load_dataset(split: str = "train", data: str = "CIFAR-10", validation_size: int = 0,
+                 transform: A.Compose | None = None, seed: int = 0, root: str | Path | None = None) -> Dataset:
     """Return one split of a data set.
 
     Args:
@@ -190,7 +186,7 @@ def load_dataset(split="train", data="CIFAR-10", validation_size=0, transform=No
     Raises:
         ValueError: an argument is not one of those allowed. RuntimeError: the data are missing or damaged.
     """
-    require("data", data, f"one of {', '.join(DATASETS)}", data in DATASETS)
+    require("data", data, f"one of {', '.join(DATASETS)}", data in list(DATASETS))
     require("split", split, "train, validation or test", split in ("train", "validation", "test"))
     transform = transform or (train_transform() if split == "train" else test_transform())
     dataset = DATASETS[data](root, split != "test", transform, seed)
@@ -202,7 +198,18 @@ def load_dataset(split="train", data="CIFAR-10", validation_size=0, transform=No
     return Subset(dataset, range(border) if split == "train" else range(border, len(dataset)))
 
 
-def make_loader(dataset, batch_size=256, shuffle=False, num_workers=None, seed=0):
+def base_of(dataset: Dataset) -> CIFAR10:
+    """Return the whole data set of which `dataset` may be a split."""
+    return getattr(dataset, "dataset", dataset)  # a Subset keeps it there
+
+
+def title_of(dataset: Dataset) -> str:
+    """Return the name of the data, which says so where they are not CIFAR-10."""
+    return base_of(dataset).title
+
+
+def make_loader(dataset: Dataset, batch_size: int = 256, shuffle: bool = False, num_workers: int | None = None,
+                seed: int = 0) -> DataLoader:
     """Return a DataLoader of uint8 (N, 32, 32, 3) images and int64 (N,) labels.
 
     The batches are the same at any number of workers. `train` and `predict` normalise them where the network is: bytes
@@ -231,21 +238,21 @@ def make_loader(dataset, batch_size=256, shuffle=False, num_workers=None, seed=0
 
 
 class _Loader(DataLoader):
-    """Makes tensors of the arrays that workers hand over: tensors would take longer, and shared memory, of which Docker
-    has little."""
+    """Makes tensors of the arrays that workers hand over.
 
-    def __iter__(self):
-        batches = super().__iter__()
-        if self.num_workers:
-            _widen(batches)
-        return ((torch.from_numpy(images), torch.tensor(labels)) for images, labels in batches)
+    Workers would take longer to hand over tensors, and need shared memory, of which Docker has little. After an epoch
+    that was broken off, as by Ctrl-C, the next one starts new workers.
+    """
 
+    complete = True  # whether the last epoch was
 
-def _widen(batches):
-    """Let a whole batch into the pipe that the workers share. Else it holds 64 kB, and they wait for the main process to
-    empty it, a dozen times a batch. Only Linux can, and the pipe is private to PyTorch: elsewhere it stays as it is."""
-    with contextlib.suppress(AttributeError, OSError):
-        fcntl.fcntl(batches._worker_result_queue._reader.fileno(), fcntl.F_SETPIPE_SZ, 2**20)
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if not self.complete:
+            self._iterator = None
+        self.complete = False
+        for images, labels in super().__iter__():
+            yield torch.from_numpy(images), torch.tensor(labels)
+        self.complete = True
 
 
 def _ignore_interrupts(worker):
@@ -259,13 +266,14 @@ def _collate(items):
 
 
 def _readable(path, md5):
-    """Say whether a batch file is there, unharmed, a pickle, and holds images and labels that fit together."""
-    try:
-        batch = pickle.loads(path.read_bytes(), encoding="latin1")
-        fits = _consistent(batch["data"].reshape(-1, 3, 32, 32), batch["labels"]) if "data" in batch else True
-    except Exception:
+    """Say whether a batch file is there and unharmed, and its images and labels fit together.
+
+    A pickle can run code, so it is only opened if its MD5 is the expected one.
+    """
+    if md5 is None or not check_integrity(path, md5):
         return False
-    return fits and check_integrity(path, md5)
+    batch = pickle.loads(path.read_bytes(), encoding="latin1")
+    return _consistent(batch["data"].reshape(-1, 3, 32, 32), batch["labels"]) if "data" in batch else True
 
 
 def _consistent(images, labels):

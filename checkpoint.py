@@ -1,0 +1,318 @@
+"""What is written to disk and read back: the checkpoint of a run, and trained weights with their metrics.
+
+Each file is written aside and then renamed, so that the old one stays until its replacement is complete.
+"""
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from model import build_network
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+    fcntl = None
+
+HEAD = "epoch  train loss  train acc %  {0:4} loss  {0:4} acc %  seconds"
+ROW = "{:5d}  {:10.4f}  {:11.2f}  {:9.4f}  {:10.2f}  {:7.1f}"
+
+
+# ---------------------------------------------------------------- the checkpoint of a run
+
+class Checkpoint:
+    """The state of a training run, on disk after every epoch: a context manager around the loop over epochs.
+
+    On entry it goes on where an earlier run with the same path and recipe stopped, to the same weights as if nothing
+    had happened. An interrupt or a kill loses the epoch that had begun, and nothing else. After the last epoch the
+    finished run is loaded. To start afresh, remove the file.
+
+    Args:
+        path: of the file.
+        recipe: the `Recipe` of the run.
+        loader: the training images; its order is part of the state.
+        teacher: the trained network that the run learns from, if any.
+        parts: everything else with a state, by name: model, optimizer, scheduler and so on; None is left out.
+
+    Attributes:
+        history: a list for each column, an entry for each epoch: train_loss, train_accuracy, the same of the test
+            images (or of the validation images, if the recipe holds out some), seconds.
+
+    Raises:
+        ValueError: the file is damaged, or of another run. RuntimeError: another process trains with it.
+    """
+
+    def __init__(self, path: str | Path, recipe: "Recipe", loader: DataLoader, teacher: nn.Module | None,  # noqa: F821
+                 parts: dict[str, object]):
+        self.path, self.recipe, self.loader = Path(path), recipe, loader
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        data, self.split = loader.dataset, "validation" if recipe.validation_size else "test"
+        self.run = {**recipe.to_json(), "images": len(data), "layers": str(parts["model"]).splitlines(),
+                    "augmentations": str(getattr(data, "dataset", data).transform).splitlines(),
+                    "teacher": teacher and _hash(teacher)}
+        self.history = {name: [] for name in ("train_loss", "train_accuracy", f"{self.split}_loss",
+                                              f"{self.split}_accuracy", "seconds")}
+
+    def __enter__(self) -> "Checkpoint":
+        self.lock = _lock(self.path)
+        try:
+            if _restore_needed(self.path):
+                self._restore()
+            else:
+                self.save()  # even the first epoch can be repeated
+        except BaseException:
+            self.lock.close()
+            raise
+        print(HEAD.format(self.split[:5]))
+        for epoch, row in enumerate(zip(*self.history.values(), strict=True), 1):
+            print(ROW.format(epoch, *row))
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        with self.lock:
+            if kind is KeyboardInterrupt:
+                epoch = self.epochs_done() + 1
+                self._restore()
+                print(f"interrupted in epoch {epoch}: {self.epochs_done()} epochs are kept in {self.path}, run again "
+                      "to go on", flush=True)
+
+    def epochs_done(self) -> int:
+        """Return the number of epochs that are finished."""
+        return len(self.history["seconds"])
+
+    def remaining_epochs(self) -> range:
+        """Return the epochs to come, counted from 0."""
+        return range(self.epochs_done(), self.recipe.epochs)
+
+    def log(self, *row: float) -> None:
+        """Add an epoch to the history, and print it. The row has the columns of `history`.
+
+        Raises:
+            FloatingPointError: a loss is no longer finite. The last checkpoint is of the epoch before.
+        """
+        if not all(map(math.isfinite, row)):
+            raise FloatingPointError(f"epoch {self.epochs_done() + 1}: the loss is {row[0]} in training and {row[2]} in "
+                                     f"the {self.split}: try a max_lr below {self.recipe.max_lr}")
+        for column, value in zip(self.history.values(), row, strict=True):
+            column.append(value)
+        print(ROW.format(self.epochs_done(), *row), flush=True)
+
+    def save(self) -> None:
+        """Write the state. If the disk is full, say so and go on; the checkpoint before stays."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"run": self.run, "history": self.history, "random": _random_state(self.loader)}
+        try:
+            write_file(self.path, _serialised(state), keep=_previous(self.path))
+        except OSError as error:
+            print(f"{self.path} could not be written ({error.strerror}): training goes on, and the checkpoint before "
+                  "it is kept; make room to keep the next epochs", flush=True)
+
+    def _restore(self) -> None:
+        state = _read(self.path)
+        differences = [_difference(name, state["run"].get(name), value) for name, value in self.run.items()
+                       if state["run"].get(name) != value]
+        if differences:
+            raise ValueError(f"{self.path} is of another run ({'; '.join(differences)}): choose another folder, or "
+                             "remove the file to start afresh")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        _set_random_state(self.loader, state["random"])
+        self.history = state["history"]
+        if self.epochs_done() == self.recipe.epochs:
+            print(f"{self.path}: finished before, loaded")
+        elif self.epochs_done():
+            print(f"{self.path}: going on with epoch {self.epochs_done() + 1}")
+
+
+def load_history(path: str | Path) -> dict[str, list[float]]:
+    """Return the history of the epochs that a checkpoint holds, as after an interrupt."""
+    if not _restore_needed(Path(path)):
+        raise FileNotFoundError(f"{path} is not there: no training has begun with it")
+    return _read(Path(path))["history"]
+
+
+def _previous(path):
+    return path.with_name(path.name + ".previous")
+
+
+def _restore_needed(path):
+    return path.exists() or _previous(path).exists()
+
+
+def _read(path):
+    """Return the newest checkpoint that is whole; never run code from the file."""
+    trouble = None
+    for candidate in filter(Path.exists, (path, _previous(path))):
+        try:
+            with zipfile.ZipFile(candidate) as archive:
+                if archive.testzip():
+                    raise ValueError("a checksum differs")
+            state = torch.load(candidate, map_location="cpu", weights_only=True)
+            state["run"], state["history"], state["random"]
+        except Exception as error:
+            trouble = error
+            continue
+        if candidate != path:
+            print(f"{path} is damaged or missing: going back to the checkpoint before it")
+            os.replace(candidate, path)
+        return state
+    raise ValueError(f"{path} is damaged or no checkpoint of this program ({one_line(trouble)}): "
+                     "move it away to start afresh") from trouble
+
+
+def _hash(model):
+    """Return the SHA-256 of the network's state."""
+    return hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())).hexdigest()
+
+
+def _difference(name, there, here):
+    """Say how a setting differs; of lists of lines, where they begin to."""
+    if isinstance(there, list) and isinstance(here, list):
+        pairs = itertools.zip_longest(there, here, fillvalue="nothing")
+        there, here = next((old, new) for old, new in pairs if old != new)
+    return f"{name}: {there} there, {here} here"
+
+
+def _random_state(loader):
+    """Return the states of all random generators. Augmentations have none: the batch's indices seed them."""
+    name, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "order": loader.sampler.generator.get_state()}
+
+
+def _set_random_state(loader, state):
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    loader.sampler.generator.set_state(state["order"])
+
+
+def _lock(path):
+    """Return an open file that refuses a second process with the same checkpoint until it is closed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path.with_name(path.name + ".lock"), "a")
+    except OSError as error:
+        raise RuntimeError(f"{path.parent} can't be written ({error.strerror}): choose another folder") from error
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would hold that one too
+        else:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        file.close()
+        raise RuntimeError(f"another process is training with {path}: wait for it, stop it, or choose another "
+                           "folder") from error
+    return file
+
+
+# ---------------------------------------------------------------- weights and metrics
+
+def save(model: nn.Module, metrics: dict, folder: str | Path = "weights") -> dict:
+    """Write the state dict to `folder/NAME.pt` and the metrics to `folder/NAME.json`; return the metrics.
+
+    A run that is saved already, as one that was loaded from its checkpoint, keeps its metrics: the hardware and the
+    day are its own.
+    """
+    path = Path(folder) / f"{metrics['network']}.pt"
+    try:
+        saved = load_metrics(metrics["network"], folder)
+        if saved["history"] == metrics["history"] and saved["sha256"] == _sha256(path):
+            return saved
+    except (OSError, ValueError, KeyError):
+        pass  # nothing whole is saved there yet
+    write_file(path, _serialised({key: value.cpu() for key, value in model.state_dict().items()}))
+    return add_metrics({**metrics, "sha256": _sha256(path)}, folder)
+
+
+def add_metrics(metrics: dict, folder: str | Path = "weights", **more) -> dict:
+    """Add what was measured since to the metrics of a saved network, in their file as well; return them all."""
+    metrics = {**metrics, **more}
+    write_file(Path(folder) / f"{metrics['network']}.json", (json.dumps(metrics, indent=1) + "\n").encode())
+    return metrics
+
+
+def load(name: str, folder: str | Path = "weights") -> tuple[nn.Module, dict]:
+    """Return the named network with its saved weights, in evaluation mode, and its metrics.
+
+    Raises:
+        ValueError: the network is unknown, or the file is damaged, or not the one that the metrics tell of.
+        FileNotFoundError: there is no such file.
+    """
+    model, path = build_network(name), Path(folder) / f"{name}.pt"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: train {name} first, or take it from the repository")
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        raise ValueError(f"{path} is damaged or holds another network than {name} ({one_line(error)}): train it again, "
+                         "or take it from the repository") from error
+    metrics = load_metrics(name, folder)
+    if metrics["sha256"] != _sha256(path):
+        raise ValueError(f"{path} is not the file that {name}.json tells of: save both again (a finished run's cells, "
+                         "run again, do), or take them from the repository")
+    return model.eval(), metrics
+
+
+def load_metrics(name: str, folder: str | Path = "weights") -> dict:
+    """Return the metrics of a saved network."""
+    return json.loads((Path(folder) / f"{name}.json").read_text())
+
+
+def load_teacher(folder: str | Path, data: str) -> nn.Module:
+    """Return the NetDilated saved in the folder; a ValueError if it was trained on other data than those named."""
+    teacher, metrics = load("NetDilated", folder)
+    if metrics["recipe"]["data"] != data:
+        raise ValueError(f"teacher is {str(folder)!r}: choose None, or the folder of one trained on {data}, not on "
+                         f"{metrics['recipe']['data']}")
+    return teacher
+
+
+def write_file(path: str | Path, content: bytes, keep: Path | None = None) -> None:
+    """Write a new file aside, then put it in the place of `path` at once; the old one becomes `keep`, if given."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    try:
+        with open(new, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        new.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk does not say of itself which file it is about
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    if keep and path.exists():
+        os.replace(path, keep)
+    os.replace(new, path)
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
+
+
+def _serialised(state):
+    """Return a state as the bytes of its file: torch.save does not tell a full disk from other trouble."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()

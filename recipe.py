@@ -1,0 +1,206 @@
+"""Every setting of a run, its default, its meaning and its limits; and the optimizer and the schedule that they name."""
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dataset import CORES, DATASETS, is_number, require
+from model import NETWORKS
+
+
+def whole(low: int, high: float = float("inf")) -> Callable[[object], bool]:
+    """Return a check for whole numbers from `low` to `high`."""
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def between(low: float, high: float = float("inf")) -> Callable[[object], bool]:
+    """Return a check for finite numbers from `low` to `high`."""
+    return lambda value: is_number(value) and low <= value <= high
+
+
+def positive(value: object) -> bool:
+    """Say whether the value is a finite number above 0."""
+    return is_number(value) and value > 0
+
+
+def is_folder(value: object) -> bool:
+    """Say whether the value is the path of a folder, or of one that can be made."""
+    return isinstance(value, (str, Path)) and not Path(value).is_file()
+
+
+def setting(default: object, meaning: str, allowed: str, check: Callable[[object], bool], affects_result: bool = True):
+    """Return a field of `Recipe`: its default, what it means, what is allowed in words, and how to check that."""
+    return field(default=default, compare=affects_result,
+                 metadata={"meaning": meaning, "allowed": allowed, "check": check})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every setting of a run. `Recipe()` is the headline run, `Recipe.quick()` the short one.
+
+    Recipes are equal if they give the same result: where it is written and how many workers there are don't matter.
+
+    Raises:
+        ValueError: a setting is impossible. The message names it, its value and what is allowed.
+    """
+
+    network: str = setting("NetDilated", "the network, by name", f"one of {', '.join(NETWORKS)}",
+                           lambda value: value in list(NETWORKS))
+    data: str = setting("CIFAR-10", "the data set", f"one of {', '.join(DATASETS)}",
+                        lambda value: value in list(DATASETS))
+    validation_size: int = setting(
+        0, "training images that are held out, the last ones; they take the place of the test set",
+        "a whole number, 0 or more", whole(0))
+    epochs: int = setting(90, "passes over the training images", "a whole number, 1 or more", whole(1))
+    batch_size: int = setting(256, "images a step", "a whole number, 1 or more", whole(1))
+    optimizer: str = setting("Muon", "Muon, or SGD with Nesterov momentum", "SGD or Muon",
+                             lambda value: value in ("SGD", "Muon"))
+    max_lr: float = setting(0.3, "the peak of the learning rate", "a number above 0", positive)
+    warmup: float = setting(0.25, "the share of the steps in which the learning rate rises to its peak",
+                            "a number above 0 and below 1", lambda value: positive(value) and value < 1)
+    momentum: tuple[float, float] = setting(
+        (0.85, 0.95), "the momentum at the peak of the learning rate, and at both ends of the run",
+        "a pair of numbers, 0 to 1",
+        lambda value: isinstance(value, tuple) and len(value) == 2 and all(map(between(0, 1), value)))
+    weight_decay: float = setting(
+        5e-4, "weight decay of the weights that Muon leaves to SGD; none of norms and biases",
+        "a number, 0 or more", between(0))
+    ema: bool = setting(True, "whether an exponential moving average of the weights, over the second half, is tested",
+                        "True or False", lambda value: isinstance(value, bool))
+    augmentation: float = setting(0.5, "the probability of shift-scale-rotate, and of coarse dropout",
+                                  "a probability, 0 to 1", between(0, 1))
+    sizes: tuple[int, ...] = setting(
+        (20, 24, 28, 32), "progressive resizing: sizes of the training images, each for an equal share of the epochs",
+        "sizes in pixels, each 8 or more",
+        lambda value: isinstance(value, tuple) and len(value) > 0 and all(map(whole(8), value)))
+    teacher: str | None = setting("weights/teacher", "the folder of a trained NetDilated to learn from, or None",
+                                  "None or the path of a folder", lambda value: value is None or is_folder(value))
+    distillation_weight: float = setting(0.9, "the share of the distillation loss; cross entropy has the rest",
+                                         "a number, 0 to 1", between(0, 1))
+    distillation_temperature: float = setting(4.0, "what the logits are divided by in the distillation loss",
+                                              "a number above 0", positive)
+    seed: int = setting(0, "the seed of weights, order and augmentation", "a whole number, 0 to 4294967295",
+                        whole(0, 2**32 - 1))
+    num_workers: int | None = setting(
+        None, "processes that augment; None: one for each core", f"None, or 0 to {CORES}, the number of cores",
+        lambda value: value is None or whole(0, CORES)(value), affects_result=False)
+    folder: str = setting("weights", "where the weights, the metrics and the checkpoint of the run are written",
+                          "the path of a folder", is_folder, affects_result=False)
+
+    def __post_init__(self):
+        for each in fields(self):
+            value = getattr(self, each.name)
+            value = tuple(value) if isinstance(value, list) else value  # JSON and the command line have lists
+            value = str(value) if isinstance(value, Path) else value
+            require(each.name, value, each.metadata["allowed"], each.metadata["check"](value))
+            object.__setattr__(self, each.name, value)  # the dataclass is frozen
+
+    @classmethod
+    def quick(cls, **changes: object) -> "Recipe":
+        """Return the recipe that passes 85 % in three epochs, with some settings changed."""
+        return cls(**{"epochs": 3, "batch_size": 128, "augmentation": 0.1, "sizes": (16, 24, 32), "teacher": None,
+                      **changes})
+
+    def image_size(self, epoch: int) -> int:
+        """Return the size in pixels of the training images in an epoch, counted from 0.
+
+        With fewer epochs than sizes, only the last sizes are used. Tests are always at full size. Tan and Le,
+        EfficientNetV2, https://arxiv.org/abs/2104.00298.
+        """
+        last = len(self.sizes) - 1
+        return self.sizes[max(epoch * len(self.sizes) // self.epochs, last - (self.epochs - 1 - epoch))]
+
+    def to_json(self) -> dict[str, object]:
+        """Return the settings that affect the result, in JSON's types."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.compare}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the random generators of Python, NumPy and PyTorch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the optimizer that the recipe names: SGD with Nesterov momentum, or `Muon`.
+
+    Weight decay reaches the weights, but not norms and biases. With Muon it reaches only the weights that Muon leaves
+    to SGD, those of depthwise convolutions and of the last layer: a tenth of NetDilated's parameters or so.
+    """
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    mixing = []  # the convolutions that mix channels, but for one that is the last layer
+    if recipe.optimizer == "Muon":
+        mixing = [weight for weight in weights[:-1] if weight.ndim == 4 and weight.shape[1] > 1]
+    decayed = [weight for weight in weights if id(weight) not in map(id, mixing)]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if mixing:
+        groups.append({"params": mixing, "weight_decay": 0.0, "orthogonal": True})
+    optimizer = {"SGD": torch.optim.SGD, "Muon": Muon}[recipe.optimizer]
+    return optimizer(groups, lr=recipe.max_lr, momentum=recipe.momentum[1], nesterov=True)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> OneCycleLR:
+    """Return the one-cycle schedule, which is stepped after each batch.
+
+    The learning rate rises to `max_lr` in the share `warmup` of the steps and falls to nearly zero along a cosine; the
+    momentum does the opposite. Smith and Topin, Super-convergence, https://arxiv.org/abs/1708.07120.
+    """
+    low, high = recipe.momentum
+    return OneCycleLR(optimizer, recipe.max_lr, total_steps=recipe.epochs * steps_per_epoch, pct_start=recipe.warmup,
+                      base_momentum=low, max_momentum=high)
+
+
+def make_ema(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> AveragedModel | None:
+    """Return the exponential moving average of the weights, over about a twentieth of the run, or None without EMA."""
+    decay = max(0.0, 1 - 20 / (recipe.epochs * steps_per_epoch))
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if recipe.ema else None
+
+
+class Muon(torch.optim.SGD):
+    """SGD whose updates of the parameters in "orthogonal" groups are orthogonal matrices.
+
+    Such a parameter is the weight of a convolution that mixes channels and is followed by batch norm, which makes its
+    scale meaningless: its norm is kept at the root of its outputs. Each update is its Nesterov momentum, made
+    orthogonal, times `ratio` of the learning rate, so that directions of small gradients change as fast as the others.
+    Jordan et al., https://kellerjordan.github.io/posts/muon/ (`torch.optim.Muon` takes no convolutions).
+    """
+
+    ratio = 0.1
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        """Update all parameters that have a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"] if group.get("orthogonal") else []:
+                if parameter.grad is None:  # as SGD does
+                    continue
+                state, momentum = self.state[parameter], group["momentum"]
+                state["momentum_buffer"] = momentum * state.get("momentum_buffer", 0) + parameter.grad
+                update = zeropower_via_newtonschulz5((parameter.grad + momentum * state["momentum_buffer"]).flatten(1))
+                parameter.mul_(len(parameter)**0.5 / parameter.norm())
+                parameter.sub_(update.view_as(parameter), alpha=self.ratio * group["lr"])
+                parameter.grad = None  # SGD passes over it
+        return super().step(closure)
+
+
+def zeropower_via_newtonschulz5(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the (M, N) matrix with its singular values brought near 1, to 0.6 to 1.3 where they are not tiny.
+
+    Five steps of Jordan's Newton-Schulz iteration, https://kellerjordan.github.io/posts/muon/.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return zeropower_via_newtonschulz5(matrix.T).T
+    matrix = matrix / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        square = matrix @ matrix.T
+        matrix = 3.4445 * matrix + (2.0315 * square @ square - 4.775 * square) @ matrix
+    return matrix
