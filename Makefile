@@ -4,20 +4,30 @@ RUN = .venv/bin/python
 EXECUTE = TQDM_DISABLE=1 $(RUN) -m jupyter nbconvert --to notebook --execute --ExecutePreprocessor.timeout=-1 \
 	--ExecutePreprocessor.record_timing=False --CoalesceStreamsPreprocessor.enabled=True
 
-.PHONY: demo test train bench clean
+.PHONY: demo test lint train quick bench tables clean
 
 demo: .venv/installed  ## execute the notebook on built-in data into demo/ (a minute, no download)
 	mkdir -p demo
-	S9_SETTINGS='{"data": "built-in", "epochs": 4, "batch_size": 100, "folder": "demo", "teacher": null}' $(EXECUTE) --output-dir demo S9.ipynb
+	S9_SETTINGS='{"data": "built-in", "epochs": 4, "batch_size": 100, "folder": "demo", "teacher": null}' \
+		$(EXECUTE) --output-dir demo S9.ipynb
 
 test: .venv/installed  ## the whole suite, the notebook included, offline
 	$(RUN) -m pytest --nbval S9.ipynb tests
 
+lint: .venv/installed  ## ruff, with the rules in pyproject.toml
+	$(RUN) -m ruff check .
+
 train: .venv/installed  ## execute the notebook for real: refreshes its outputs, img/ and weights/
 	$(EXECUTE) --inplace S9.ipynb
 
-bench: .venv/installed  ## measure both sides of every comparison of speed, on CIFAR-10: benchmarks/results.json
-	$(RUN) benchmarks/bench.py
+quick: .venv/installed  ## 85 % in a few minutes
+	$(RUN) train.py --quick --folder checkpoints/quick-0
+
+bench: .venv/installed  ## measure both sides of every comparison of speed, on CIFAR-10: benchmarks/bench.json
+	$(RUN) -m benchmarks.bench
+
+tables: .venv/installed  ## the tables and charts in the Markdown files, from the committed files
+	$(RUN) -m benchmarks.tables
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

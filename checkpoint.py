@@ -102,8 +102,8 @@ class Checkpoint:
             FloatingPointError: a loss is no longer finite. The last checkpoint is of the epoch before.
         """
         if not all(map(math.isfinite, row)):
-            raise FloatingPointError(f"epoch {self.epochs_done() + 1}: the loss is {row[0]} in training and {row[2]} in "
-                                     f"the {self.split}: try a max_lr below {self.recipe.max_lr}")
+            raise FloatingPointError(f"epoch {self.epochs_done() + 1}: the training loss is {row[0]} and the "
+                                     f"{self.split} loss {row[2]}: try a max_lr below {self.recipe.max_lr}")
         for column, value in zip(self.history.values(), row, strict=True):
             column.append(value)
         print(ROW.format(self.epochs_done(), *row), flush=True)

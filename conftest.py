@@ -2,13 +2,30 @@
 import json
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
+from checkpoint import save
+from model import NetDilated
+from recipe import Recipe
+
 SCRATCH = tempfile.TemporaryDirectory(prefix="s9-")
-os.environ["S9_SETTINGS"] = json.dumps({"data": "built-in", "epochs": 2, "batch_size": 100, "folder": SCRATCH.name,
-                                         "teacher": f"{SCRATCH.name}/teacher"})
+SMOKE = Recipe(data="built-in", epochs=2, batch_size=200, sizes=(8, 16), teacher=f"{SCRATCH.name}/teacher",
+               folder=SCRATCH.name)
+os.environ["S9_SETTINGS"] = json.dumps({**SMOKE.to_json(), "folder": SMOKE.folder})
 os.environ["TQDM_DISABLE"] = "1"
+
+
+def pytest_sessionstart():
+    """Put a teacher there; it needs no training to be listened to."""
+    save(NetDilated(), {"network": "NetDilated", "recipe": SMOKE.to_json(), "history": {}}, Path(SMOKE.teacher))
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """The folder of the built-in data, which are drawn once."""
+    return tmp_path_factory.mktemp("data")
 
 
 @pytest.fixture(scope="session", autouse=True)

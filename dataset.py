@@ -117,7 +117,8 @@ class CIFAR10(torchvision.datasets.CIFAR10):
                 return (f"{folder / name} is missing or damaged ({cause}): remove {folder} and run again to download "
                         f"{self.title}, or unpack {self.filename} there again")
         if archive.exists() and not check_integrity(archive, self.tgz_md5):
-            return f"{archive} is incomplete or damaged ({cause}): run again with a network, or fetch it from {self.url}"
+            return (f"{archive} is incomplete or damaged ({cause}): run again with a network, or fetch it from "
+                    f"{self.url}")
         existing = next(path for path in (root, *root.resolve().parents) if path.exists())
         if not (existing.is_dir() and os.access(existing, os.W_OK)):
             return f"{root} can't be written ({cause}): name another folder with CIFAR10_ROOT"
@@ -261,7 +262,7 @@ def _ignore_interrupts(worker):
 
 
 def _collate(items):
-    images, labels = zip(*items)
+    images, labels = zip(*items, strict=True)
     return np.array(images), labels
 
 

@@ -106,7 +106,7 @@ def plot_picture(source: Source, likeliest: list[tuple[str, float]], path: str |
     """Draw a picture, what the network sees of it, and the result of `classify`; save to `path`, return the figure."""
     picture = open_picture(source)
     figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained", width_ratios=(1, 1, 1.3))
-    for axis, image, title in zip(axes, (picture, test_transform()(image=picture)["image"]),
+    for axis, image, title in zip(axes[:2], (picture, test_transform()(image=picture)["image"]),
                                   (f"{len(picture)} x {len(picture)} pixels", "what the network sees: 32 x 32"),
                                   strict=True):
         show_image(axis, image)

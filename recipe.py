@@ -1,4 +1,4 @@
-"""Every setting of a run, its default, its meaning and its limits; and the optimizer and the schedule that they name."""
+"""Every setting of a run, its default, its meaning and its limits; the optimizer and the schedule that they name."""
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields

@@ -150,14 +150,15 @@ def format_rules(rows: list[Row]) -> str:
 
 def rules_table(rows: list[Row]) -> str:
     """Return the rows of `check_rules` as a Markdown table."""
-    return markdown_table(("rule", "measured", "verdict"), [(rule, measured, VERDICTS[holds]) for rule, measured, holds in rows])
+    return markdown_table(("rule", "measured", "verdict"),
+                          [(rule, measured, VERDICTS[holds]) for rule, measured, holds in rows])
 
 
 def markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Return a Markdown table. Columns whose heads end in a colon are aligned to the right."""
     align = ["---:" if name.endswith(":") else "---" for name in head]
     lines = [[name.rstrip(":") for name in head], align, *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 # ---------------------------------------------------------------- the operations of a network
@@ -369,6 +370,20 @@ def _global_pooling(name, data, axes, side):
     if not (over_map or over_tokens):
         return None
     return "pooling" if "max" in name else "global average pooling", side, 1, 1, 1
+
+
+def layers_table(model: nn.Module) -> str:
+    """Return the convolutions of a network as a Markdown table: output shape, receptive field and jump, in pixels."""
+    rows = []
+    for unit in convolution_units(trace(model)):
+        last = unit[-1]
+        kernels = " + ".join(f"{each.kernel}x{each.kernel} {_role(each)}".replace("1x1 ", "") for each in unit)
+        strides = "".join(f", {name} {max(values)}" for name, values in (
+            ("dilation", [each.dilation for each in unit]), ("stride", [each.stride for each in unit]))
+            if max(values) > 1)
+        rows.append((str(len(rows) + 1), kernels + strides, f"{last.channels[1]} x {last.size[1]} x {last.size[1]}",
+                     f"{last.receptive_field:g}", f"{last.jump * last.stride:g}"))
+    return markdown_table(("", "convolution", "output", "receptive field:", "jump:"), rows)
 
 
 def convolution_units(operations: list[Operation]) -> list[tuple[Operation, ...]]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset, Subset
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_calibration_error,
@@ -323,7 +323,7 @@ def plot_misclassified(dataset: Dataset, logits: torch.Tensor, path: str | Path,
 
 
 def plot_confusion(dataset: Dataset, logits: torch.Tensor, path: str | Path) -> plt.Figure:
-    """Draw the confusion matrix of (N, classes) logits, a row for each true class; save to `path`, return the figure."""
+    """Draw the confusion matrix of (N, classes) logits, a row a true class; save to `path`, return the figure."""
     base = base_of(dataset)
     counts = multiclass_confusion_matrix(logits, torch.tensor(base.targets), len(base.classes)).numpy()
     shares = 100 * counts / counts.sum(1, keepdims=True)

@@ -1,158 +1,162 @@
-"""How fast: `python benchmarks/bench.py` measures both sides of every comparison in turn, on this machine, in one run.
+"""How fast: `python -m benchmarks.bench` measures both sides of every comparison, in turn, in one run.
 
-Prints tables and writes them to benchmarks/results.json. Rates are medians of the repeats, with the lowest and the
-highest beside them; ratios are medians of the ratios within each repeat, so that a machine that slows down slows
-both sides. Each side of the training step is a process of its own, since memory settings and peaks are a process's.
+It prints tables and writes them to benchmarks/bench.json. Rates are medians of the repeats, with their minimum and
+maximum. Ratios are medians of the ratios within each repeat, so that a machine that slows down slows both sides. Each
+side of the training step is a process of its own, since memory settings and peaks are a process's.
 """
 import argparse
-import copy
 import json
 import multiprocessing
 import resource
 import statistics
-import sys
 import time
-from collections import Counter
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
 import albumentations as A
 import torch
+import torch.nn.functional as F
 from albumentations.pytorch import ToTensorV2
 from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset, Subset
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
 import utils
-from dataset import CORES, MEAN, STD, load_dataset, make_loader, normalise, train_transform
-from model import Dropout, build_network, count_macs
-from short import SCHEDULE
-from tries import LARGE, Try
+from dataset import CORES, MEAN, STD, load_dataset, make_loader, train_transform
+from device import hardware, mixed_precision, pick_device, versions
+from model import build_network
+from recipe import Recipe, make_optimizer
+from rules import count_macs
 
-OURS, SHORT = "NetDilated", "NetDilated, short schedule"
-RECIPE, DEFAULTS = "NetDilated, as the notebook trains it", "NetDilated, PyTorch's defaults"
-SIDES = {  # network, batch size, sizes of images step by step, whether trained as here or with PyTorch's defaults, with what
-    OURS: ("NetDilated", 256, 4 * [32], True, "Muon"),
-    RECIPE: ("NetDilated", 256, [20, 24, 28, 32], True, "Muon", True),
-    SHORT: ("NetDilated", SCHEDULE["batch_size"], 2 * SCHEDULE["sizes"], True, SCHEDULE["optimizer"]),
-    DEFAULTS: ("NetDilated", 256, 4 * [32], False, "Muon"),
-    "PublishedDilated, as published": ("PublishedDilated", 256, 4 * [32], False, "SGD"),
-    "PublishedDepthwise, as published": ("PublishedDepthwise", 512, 2 * [32], False, "SGD"),
+HERE = Path(__file__).resolve().parent
+OURS, QUICK = "NetDilated", "NetDilated, quick recipe"
+PLAIN = Recipe(sizes=(32,), teacher=None)
+SIDES = {  # network, batch size, and the recipe of our training step; None: a plain PyTorch loop
+    OURS: ("NetDilated", 256, PLAIN),
+    "NetDilated, headline recipe": ("NetDilated", 256, Recipe()),
+    QUICK: ("NetDilated", 128, Recipe.quick()),
+    "NetDilated, PyTorch's defaults": ("NetDilated", 256, None),
+    "PublishedDilated, PyTorch's defaults": ("PublishedDilated", 256, None),
+    "PublishedDepthwise, PyTorch's defaults": ("PublishedDepthwise", 512, None),
 }
-PUBLISHED_EPOCHS = {"PublishedDilated, as published": 150, "PublishedDepthwise, as published": 98}  # to 85 %
+PUBLISHED = "PublishedDepthwise, PyTorch's defaults"
+PUBLISHED_EPOCHS = 98  # in which the published PublishedDepthwise first passed 85 %
 
 
-def main(arguments=None):
+def main(arguments: list[str] | None = None) -> dict:
+    """Measure everything; return what is written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3, help="of each measurement, at least")
-    parser.add_argument("--images", type=int, default=50000, help="images that the loaders deliver, and the largest batch")
-    parser.add_argument("--data", default="CIFAR-10", help="CIFAR-10 or built-in")
-    parser.add_argument("--output", type=Path, default=HERE / "results.json")
+    parser.add_argument("--images", type=int, default=50000, help="images that the loaders deliver")
+    parser.add_argument("--data", default="CIFAR-10")
+    parser.add_argument("--output", type=Path, default=HERE / "bench.json")
     options = parser.parse_args(arguments)
-    device = utils.pick_device()
-    results = {"hardware": utils.hardware(device), "data": options.data, "date": date.today().isoformat(),
-               "versions": utils.versions(), "repeats": options.repeats, "seconds": options.seconds,
-               "images": options.images}
+    device = pick_device()
+    results = {"hardware": hardware(device), "data": options.data, "date": date.today().isoformat(),
+               "versions": versions(), "repeats": options.repeats, "seconds": options.seconds}
     print(f"{results['hardware']}, {options.data}, medians of {options.repeats}")
     results["training step"] = training_step(options)
-    results["time to 85 %"] = time_to_85(results["training step"], HERE / "short.json")
+    results["time to 85 %"] = time_to_85(results["training step"], HERE / "quick.json")
     results["input pipeline"] = input_pipeline(options)
     results["waiting for data, %"] = waiting(options, device)
     results["evaluation, seconds"] = evaluation(options, device)
-    results["cost of the training step, ms an image"] = growth(options, device)
     results["rate of arithmetic, GFLOP/s"] = arithmetic(results["training step"], device)
     options.output.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\nwritten to {options.output}")
     return results
 
 
-# ---------------------------------------------------------------- 1. training step
+# ---------------------------------------------------------------- training step
 
-def training_step(options):
+def training_step(options: argparse.Namespace) -> dict:
     """Images a second of each side, measured in turn, peak memory, and how many times faster ours is."""
-    processes = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-    if sys.platform != "win32":
-        processes.set_forkserver_preload(["torchvision", "albumentations", "torchmetrics", "matplotlib.pyplot"])  # once
-    sides = {}
-    for name, side in SIDES.items():
-        pipe, other = processes.Pipe()
-        process = processes.Process(target=serve_side, args=(other, options, *side), daemon=True)
-        process.start()
-        sides[name] = pipe, process
-    for pipe, _ in sides.values():
-        pipe.recv()  # it is warm
+    sides = {name: serve(serve_side, options, *side) for name, side in SIDES.items()}
     rates = {name: [] for name in sides}
     for _ in range(options.repeats):
-        for name, (pipe, _) in sides.items():
+        for name, pipe in sides.items():
             pipe.send("measure")
             rates[name].append(pipe.recv())
     rows = {}
-    print(f"\n{'training step':38} images/s  lowest  highest  peak MB  ours is faster")
-    for name, (pipe, process) in sides.items():
+    print(f"\n{'training step':40} images/s     min      max  peak MB  ours is faster")
+    for name, pipe in sides.items():
         pipe.send("memory")
-        ratio = statistics.median(ours / other for ours, other in zip(rates[OURS], rates[name]))
+        ratio = statistics.median(ours / other for ours, other in zip(rates[OURS], rates[name], strict=True))
         rows[name] = {**spread(rates[name]), "peak_mb": pipe.recv(), "ours_is_faster": ratio}
-        print("{:38} {:8.0f} {:7.0f} {:8.0f} {:8.0f} {:10.2f} times".format(name, *rows[name].values()))
-        process.terminate()
+        print("{:40} {:8.0f} {:7.0f} {:8.0f} {:8.0f} {:10.2f} times".format(name, *rows[name].values()))
+        pipe.send(None)
     return rows
 
 
-def serve_side(pipe, options, network, batch_size, sizes, ours, optimizer, taught=False):
-    """Measure one side whenever asked, in a process of its own: the rate over steps of these sizes."""
-    batch_size = min(batch_size, options.images)
-    if ours:
-        device = utils.pick_device()
-    else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        utils.mixed_precision, utils.normalise = lambda device: None, lambda images: images  # their loaders did
-        Dropout.forward = torch.nn.Dropout.forward
-    train = trainer(build_network(network), batch_size, sizes, device,
-                    torch.channels_last if ours else torch.contiguous_format, optimizer, taught)
-    train()
+def serve_side(pipe, options, network, batch_size, recipe):
+    """Measure one side whenever asked: the rate over steps of all the recipe's image sizes."""
+    device = pick_device() if recipe else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_network(network).to(device)
+    steps = our_steps(model, batch_size, recipe) if recipe else plain_steps(model, batch_size)
+    images = batch_size * (len(recipe.sizes) if recipe else 1)
+    steps()
     pipe.send("ready")
-    while True:
-        if pipe.recv() == "measure":
-            pipe.send(len(sizes) * batch_size / seconds(train, options.seconds))
+    while request := pipe.recv():
+        if request == "measure":
+            pipe.send(images / seconds(steps, options.seconds))
         elif device.type == "cuda":
             pipe.send(torch.cuda.max_memory_allocated() / 2**20)
         else:
             pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
 
-def trainer(model, batch_size, sizes, device, memory_format, optimizer="SGD", taught=False):
-    """Return a function that trains the model for a step at each of the sizes on one random batch, with the training
-    loop itself; if it is to be taught, by another one like it."""
-    model.to(device, memory_format=memory_format)
-    teacher = copy.deepcopy(model).eval() if taught else None
+def our_steps(model: torch.nn.Module, batch_size: int, recipe: Recipe) -> Callable[[], None]:
+    """Return a function that trains the model for one step at each image size of the recipe, on one random batch."""
+    model.to(memory_format=torch.channels_last)
     batch = torch.randint(256, (batch_size, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (batch_size,))
-    if memory_format == torch.contiguous_format:
-        batch = normalise(batch[0]).contiguous(), batch[1]
-    optimizer = utils.make_optimizer(model, 0.01, 5e-4, optimizer)
-    return lambda: [utils.train(model, [batch] * count, optimizer, size=size, teacher=teacher)
-                    for size, count in Counter(sizes).items()]
+    optimizer = make_optimizer(model, recipe)
+    teacher = build_network("NetDilated").to(batch[0].device).eval() if recipe.teacher else None
+    if teacher:
+        teacher.to(next(model.parameters()).device, memory_format=torch.channels_last)
+    epochs = [epoch for epoch in range(recipe.epochs)
+              if epoch == 0 or recipe.image_size(epoch) != recipe.image_size(epoch - 1)]
+    return lambda: [utils.train(model, [batch], recipe, epoch, optimizer, teacher=teacher) for epoch in epochs]
 
 
-# ---------------------------------------------------------------- 2. time to 85 %
+def plain_steps(model: torch.nn.Module, batch_size: int) -> Callable[[], None]:
+    """Return a function that makes one training step as most PyTorch programs do: fp32, channels first, SGD."""
+    device = next(model.parameters()).device
+    images, labels = torch.randn(batch_size, 3, 32, 32).to(device), torch.randint(10, (batch_size,)).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
 
-def time_to_85(steps, path):
-    """Minutes of training steps until 85 %: 50,000 images an epoch, times the epochs. Ours are those of the short
-    schedule, whose three runs `benchmarks/short.py` made."""
-    short = json.loads(path.read_text()) if path.exists() else {}
-    if short.get("schedule") != SCHEDULE or short["mean_test_accuracy"] < 85:
-        print(f"\ntime to 85 %: {path.name} is missing, of another schedule or below 85 %: run benchmarks/short.py first")
+    def step():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+# ---------------------------------------------------------------- time to 85 %
+
+def time_to_85(steps: dict, path: Path) -> dict | None:
+    """Minutes of training steps until 85 %: 50,000 images an epoch, times the epochs.
+
+    Ours are the epochs of the quick recipe, whose three runs `benchmarks/quick.py` made.
+    """
+    quick = json.loads(path.read_text()) if path.exists() else {"runs": []}
+    if not quick["runs"] or quick["mean_test_accuracy"] < 85 or any(
+            Recipe(**run["recipe"]) != Recipe.quick(seed=run["recipe"]["seed"]) for run in quick["runs"]):
+        print(f"\ntime to 85 %: {path.name} is missing, of another recipe or below 85 %: run `python -m "
+              "benchmarks.quick` first")
         return None
-    epochs = {SHORT: SCHEDULE["epochs"], **PUBLISHED_EPOCHS}
+    epochs = {QUICK: Recipe.quick().epochs, PUBLISHED: PUBLISHED_EPOCHS}
     minutes = {name: count * 50_000 / steps[name]["median"] / 60 for name, count in epochs.items()}
-    print(f"\n{'time to 85 %':38} epochs  minutes  ours is faster")
+    print(f"\n{'time to 85 %':40} epochs  minutes  ours is faster")
     for name, value in minutes.items():
-        print(f"{name:38} {epochs[name]:6} {value:8.1f} {value / minutes[SHORT]:10.1f} times")
-    return {"minutes": minutes, "ours_is_faster": {name: value / minutes[SHORT] for name, value in minutes.items()}}
+        print(f"{name:40} {epochs[name]:6} {value:8.1f} {value / minutes[QUICK]:10.1f} times")
+    return {name: {"epochs": epochs[name], "minutes": value, "ours_is_faster": value / minutes[QUICK]}
+            for name, value in minutes.items()}
 
 
-# ---------------------------------------------------------------- 3. input pipeline
+# ---------------------------------------------------------------- input pipeline
 
 class StudentDataset(Dataset):
     """The usual pattern: normalise and convert each image by itself."""
@@ -168,19 +172,19 @@ class StudentDataset(Dataset):
         return self.transform(image=self.data[index])["image"], self.targets[index]
 
 
-def input_pipeline(options):
+def input_pipeline(options: argparse.Namespace) -> dict:
     """Images a second that loaders deliver, against as many processes that only call albumentations in a loop."""
     train_set = load_dataset("train", options.data)
     images = range(min(options.images, len(train_set)))
-    dataset, student = (Subset(whole, images) for whole in (train_set, StudentDataset(train_set.data, train_set.targets)))
+    ours, student = (Subset(whole, images) for whole in (train_set, StudentDataset(train_set.data, train_set.targets)))
     sides, limits, batch_size = {}, {}, min(256, len(images))
     for workers in range(1, min(2, CORES) + 1):
         number = f"{workers} worker{'s' * (workers > 1)}"
         limit = f"albumentations alone, {number}"
         sides[limit] = bare(train_set.data[:len(images)], workers)
-        ours = make_loader(dataset, batch_size, True, workers)
-        theirs = DataLoader(student, batch_size, shuffle=True, num_workers=workers, persistent_workers=True)
-        for name, loader in (("ours", ours), ("student's", theirs)):
+        for name, loader in (("ours", make_loader(ours, batch_size, True, workers)),
+                             ("student's", DataLoader(student, batch_size, shuffle=True, num_workers=workers,
+                                                      persistent_workers=True))):
             sides[f"{name}, {number}"] = lambda loader=loader: sum(len(labels) for _, labels in loader)
         limits |= dict.fromkeys(list(sides)[-3:], limit)
     for deliver in sides.values():
@@ -191,22 +195,18 @@ def input_pipeline(options):
             start = time.perf_counter()
             count = deliver()
             rates[name].append(count / (time.perf_counter() - start))
-    print(f"\n{'input pipeline':38} images/s  lowest  highest  of the limit")
+    print(f"\n{'input pipeline':40} images/s     min      max  of the limit")
     rows = {}
     for name, values in rates.items():
-        share = statistics.median(one / limit for one, limit in zip(values, rates[limits[name]]))
+        share = statistics.median(one / limit for one, limit in zip(values, rates[limits[name]], strict=True))
         rows[name] = {**spread(values), "of_the_limit": share}
-        print("{:38} {:8.0f} {:7.0f} {:8.0f} {:10.0%}".format(name, *rows[name].values()))
+        print("{:40} {:8.0f} {:7.0f} {:8.0f} {:10.0%}".format(name, *rows[name].values()))
     return rows
 
 
-def bare(images, workers):
-    """Return a function that has as many processes each augment all of the images, and returns how many that were."""
-    processes, pipes = multiprocessing.get_context("spawn" if sys.platform == "win32" else "fork"), []
-    for _ in range(workers):
-        pipe, other = processes.Pipe()
-        processes.Process(target=serve_bare, args=(other, images), daemon=True).start()
-        pipes.append(pipe)
+def bare(images, workers: int) -> Callable[[], int]:
+    """Return a function that has so many processes each augment all of the images, and returns how many that were."""
+    pipes = [serve(serve_bare, images) for _ in range(workers)]
 
     def deliver():
         for pipe in pipes:
@@ -217,94 +217,81 @@ def bare(images, workers):
 
 
 def serve_bare(pipe, images):
-    """Augment the images whenever asked, in a process of its own."""
+    """Augment the images whenever asked."""
     transform = train_transform()
+    pipe.send("ready")
     while pipe.recv():
         for image in images:
             transform(image=image)
         pipe.send(len(images))
 
 
-def waiting(options, device):
+def waiting(options: argparse.Namespace, device: torch.device) -> float:
     """The share of an epoch that the training loop spends waiting for its loader, in percent."""
     train_set = load_dataset("train", options.data)
-    loader, model = make_loader(train_set, 256, True), build_network("NetDilated")
+    batch_size = min(256, options.images)
+    loader, model = make_loader(train_set, batch_size, True), build_network("NetDilated")
     model.to(device, memory_format=torch.channels_last)
-    optimizer, waits = utils.make_optimizer(model, 0.01, 5e-4), []
+    waits = []
 
     def watched():
         iterator = iter(loader)
-        for _ in range(max(1, min(options.images, len(train_set)) // 256)):
+        for _ in range(max(2, min(options.images, len(train_set)) // batch_size)):
             start = time.perf_counter()
             batch = next(iterator)
             waits.append(time.perf_counter() - start)
             yield batch
 
     start = time.perf_counter()
-    utils.train(model, watched(), optimizer)
+    utils.train(model, watched(), PLAIN, 0, make_optimizer(model, PLAIN))
     share = 100 * sum(waits[1:]) / (time.perf_counter() - start)  # the first one starts the workers
     print(f"\nwaiting for data: {share:.1f} % of the training loop's time, {loader.num_workers} workers")
     return share
 
 
-# ---------------------------------------------------------------- 4. evaluation
+# ---------------------------------------------------------------- evaluation and arithmetic
 
-def evaluation(options, device):
-    """Seconds to test the network on the whole test set."""
-    loader = make_loader(load_dataset("test", options.data), 500)
+def evaluation(options: argparse.Namespace, device: torch.device) -> dict:
+    """Seconds to test the network on the test set."""
+    test_set = load_dataset("test", options.data)
+    loader = make_loader(Subset(test_set, range(min(options.images, len(test_set)))), min(500, options.images))
     model = build_network("NetDilated").to(device, memory_format=torch.channels_last)
     row = spread([seconds(lambda: utils.test(model, loader)) for _ in range(options.repeats)])
-    print(f"\nevaluation of {len(loader.dataset):,} images: {row['median']:.1f} s ({row['lowest']:.1f} to {row['highest']:.1f})")
+    print("\nevaluation of {:,} images: {:.1f} s, {:.1f} to {:.1f}".format(len(loader.dataset), *row.values()))
     return {"images": len(loader.dataset), **row}
 
 
-# ---------------------------------------------------------------- 5. how cost grows
+def arithmetic(steps: dict, device: torch.device, side: int = 4096) -> dict:
+    """The arithmetic rate of our training step against that of a large matrix product in the same type.
 
-def growth(options, device):
-    """Milliseconds a training step takes for each image, over the batch size and over the width."""
-    trainers = {f"batch size {size}": (build_network("NetDilated"), size) for size in (32, 64, 128, 256, 512, 1024)}
-    trainers |= {f"width times {factor}": (widened(factor), 256) for factor in (0.5, 1, 1.5, 2)}
-    print(f"\n{'training step':38} ms/image  lowest  highest")
-    rows = {}
-    for name, (model, size) in trainers.items():
-        size = min(size, options.images)
-        steps = max(1, min(options.images, 512) // size)
-        train = trainer(model, size, steps * [32], device, torch.channels_last)
-        train()
-        times = [1000 * seconds(train, options.seconds / 3) / (steps * size) for _ in range(min(3, options.repeats))]
-        rows[name] = spread(times)
-        print("{:38} {:8.3f} {:7.3f} {:8.3f}".format(name, *rows[name].values()))
-    return rows
-
-
-def widened(factor):
-    """Return NetDilated with `factor` times its channels."""
-    first, widths = ([round(factor * width / 8) * 8 for width in LARGE[name]] for name in ("first", "widths"))
-    return Try(enlarge=LARGE["enlarge"], first=first, widths=widths)
-
-
-# ---------------------------------------------------------------- 6. how near the limit
-
-def arithmetic(steps, device):
-    """The rate of the training step's multiply-accumulates (forward, and twice that backward; two operations each)
-    against that of a large matrix product in the same type."""
-    dtype = utils.mixed_precision(device) or torch.float32
-    a, b = (torch.randn(4096, 4096, device=device, dtype=dtype) for _ in range(2))
-    product = 2 * 4096**3 / min(seconds(lambda: a @ b) for _ in range(5)) / 1e9
+    A step is counted as its multiply-accumulates forward, and twice that backward, of two operations each.
+    """
+    dtype = mixed_precision(device) or torch.float32
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product = 2 * side**3 / min(seconds(lambda: a @ b) for _ in range(5)) / 1e9
     step = 6 * count_macs(build_network("NetDilated")) * steps[OURS]["median"] / 1e9
     print(f"\ntraining step: {step:.0f} GFLOP/s, {step / product:.0%} of a matrix product's {product:.0f} in {dtype}")
     return {"training step": step, "matrix product": product, "type": str(dtype), "share": step / product}
 
 
-def seconds(function, least=0):
-    """Time calls for at least so many seconds, on all cores (a Timer's own default is one) and to the end of what they
-    ask of a GPU; return the median of a call."""
+def serve(target: Callable, *arguments):
+    """Start a function in a process of its own; return the pipe to it once it is ready."""
+    processes = multiprocessing.get_context("spawn")
+    pipe, other = processes.Pipe()
+    processes.Process(target=target, args=(other, *arguments), daemon=True).start()
+    pipe.recv()
+    return pipe
+
+
+def seconds(function: Callable, least: float = 0) -> float:
+    """Time calls for at least so many seconds, on all cores (a Timer's own default is one); return the median."""
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=least).median
 
 
-def spread(values):
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+def spread(values: list[float]) -> dict[str, float]:
+    """Return the median, the minimum and the maximum."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 """The data: what the transforms do, which random numbers they use, and what is said when something is wrong."""
 import hashlib
 import http.server
-import multiprocessing
 import os
 import pickle
-import re
-import shutil
+import signal
 import subprocess
 import sys
 import tarfile
-import tempfile
 import threading
 import urllib.request
 from pathlib import Path
@@ -17,16 +14,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, Subset
 
 import dataset
-from dataset import FILL, MEAN, STD, load_dataset, make_loader, normalise, train_transform, unnormalise
+from dataset import (
+    CORES,
+    FILL,
+    MEAN,
+    STD,
+    data_folder,
+    load_dataset,
+    make_loader,
+    normalise,
+    title_of,
+    train_transform,
+    unnormalise,
+)
 
 HERE = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("data")
+    """The folder of the built-in data, which are drawn once."""
+    root = tmp_path_factory.mktemp("data")
+    load_dataset("train", "built-in", root=root)
+    return root
 
 
 @pytest.fixture
@@ -35,26 +48,26 @@ def train_set(root):
 
 
 def epoch(loader):
+    """Return the images of an epoch, in order."""
     return torch.cat([images for images, _ in loader])
 
 
-def test_import_is_silent_and_touches_nothing(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import dataset, model, utils; utils.train_transform"
-    code = code.replace("utils.train_transform", "dataset.train_transform(); dataset.test_transform()")
+def test_importing_all_modules_is_silent_and_touches_nothing(tmp_path):
+    code = "import checkpoint, dataset, device, model, pictures, recipe, rules, train, utils; dataset.train_transform()"
     run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], cwd=tmp_path, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                         env={**os.environ, "PYTHONPATH": str(HERE)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert (run.returncode, run.stdout) == (0, "")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("base", [0, 255])
-def test_coarse_dropout_makes_one_hole_of_16x16_in_the_mean_colour(base):
-    names = [type(step).__name__ for step in train_transform().transforms]
-    hole = train_transform(p=1).transforms[names.index("CoarseDropout")]
+# ---------------------------------------------------------------- transforms
+
+def test_coarse_dropout_makes_one_hole_of_16x16_in_the_mean_colour():
+    (hole,) = [step for step in train_transform(p=1).transforms if type(step).__name__ == "CoarseDropout"]
     positions = set()
     for _ in range(50):
-        image = hole(image=np.full((32, 32, 3), base, np.uint8))["image"]
-        changed = (image != base).any(2)
+        image = hole(image=np.zeros((32, 32, 3), np.uint8))["image"]
+        changed = image.any(2)
         rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
         assert len(rows) <= 16 and len(columns) <= 16 and changed.sum() == len(rows) * len(columns)
         assert len(rows) == 16 or rows[0] == 0 or rows[-1] == 31  # shorter only where the border cuts it
@@ -64,24 +77,15 @@ def test_coarse_dropout_makes_one_hole_of_16x16_in_the_mean_colour(base):
     assert len(positions) > 10
 
 
-def test_the_hole_normalises_to_zero():
-    assert normalise(np.full((1, 32, 32, 3), FILL, np.uint8)).abs().max() < 0.01
+def test_half_of_the_images_are_flipped_and_a_share_p_is_shifted_or_has_a_hole(train_set):
+    for step, share in zip(train_transform(p=0.2).transforms, (0.5, 0.2, 0.2), strict=False):
+        changed = [(step(image=train_set.data[0])["image"] != train_set.data[0]).any() for _ in range(400)]
+        assert np.mean(changed) == pytest.approx(share, abs=0.1)
 
 
-def test_unnormalise_is_the_inverse():
-    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
-    assert (unnormalise(normalise(images)) == images).all()
-
-
-def test_normalise_gives_mean_0_and_deviation_1():
-    pixels = 255 * np.array([np.add(MEAN, STD), np.subtract(MEAN, STD)], np.float32).reshape(1, 2, 1, 3)
-    torch.testing.assert_close(normalise(pixels).flatten(2)[0], torch.tensor([[1.0, -1.0]] * 3))
-
-
-@pytest.mark.parametrize("shape", [(4, 3, 32, 32), (32, 32, 3), (4, 32, 32, 1)])
-def test_images_that_are_normalised_already_are_refused(shape):
-    with pytest.raises(ValueError, match=r"shape of the images is \(.*\): choose \(N, H, W, 3\)"):
-        normalise(torch.zeros(shape))
+def test_the_border_that_a_shift_uncovers_is_filled_by_reflection():
+    shift, image = train_transform(p=1).transforms[1], np.full((32, 32, 3), 200, np.uint8)
+    assert all((shift(image=image)["image"] == 200).all() for _ in range(20))
 
 
 def test_transforms_make_32x32_uint8():
@@ -90,77 +94,96 @@ def test_transforms_make_32x32_uint8():
         assert image.shape == (32, 32, 3) and image.dtype == np.uint8
 
 
-def test_flip_and_shift_change_about_half_of_the_images(train_set):
-    image = train_set.data[0]
-    flip, shift = train_transform(p=0.5).transforms[:2]
-    for step in (flip, shift):
-        changed = np.mean([(step(image=image)["image"] != image).any() for _ in range(400)])
-        assert 0.4 < changed < 0.6
+def test_a_large_image_is_averaged_not_sampled():
+    stripes = np.zeros((640, 640, 3), np.uint8)
+    stripes[:, ::2] = 200
+    assert np.abs(dataset.test_transform()(image=stripes)["image"].astype(int) - 100).max() <= 1
+
+
+def test_an_impossible_probability_is_named():
+    with pytest.raises(ValueError, match="^augmentation is 1.5: choose a probability, 0 to 1$"):
+        train_transform(1.5)
+
+
+def test_normalise_gives_mean_0_and_deviation_1_and_the_hole_becomes_zero():
+    pixels = 255 * np.array([np.add(MEAN, STD), np.subtract(MEAN, STD)], np.float32).reshape(1, 2, 1, 3)
+    torch.testing.assert_close(normalise(pixels).flatten(2)[0], torch.tensor([[1.0, -1.0]] * 3))
+    assert normalise(np.full((1, 32, 32, 3), FILL, np.uint8)).abs().max() < 0.01
+
+
+def test_unnormalise_is_the_inverse():
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    assert (unnormalise(normalise(images)) == images).all()
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 32, 32), (32, 32, 3)])
+def test_images_that_are_normalised_already_are_refused(shape):
+    with pytest.raises(ValueError, match=r"shape of the images is \(.*\): choose \(N, H, W, 3\)"):
+        normalise(torch.zeros(shape))
+
+
+# ---------------------------------------------------------------- splits and loaders
+
+def test_the_validation_split_is_the_end_of_the_training_images_and_not_augmented(root):
+    whole, train, validation = (load_dataset(split, "built-in", size, root=root)
+                                for split, size in (("train", 0), ("train", 300), ("validation", 300)))
+    assert (len(whole), len(train), len(validation)) == (2000, 1700, 300)
+    assert (validation[0][0] == whole.data[1700]).all() and validation[299][1] == whole.targets[1999]
+    assert len({validation[0][0].tobytes() for _ in range(5)}) == 1
+    assert len({train[0][0].tobytes() for _ in range(20)}) > 1
+
+
+def test_built_in_data_have_ten_classes_and_say_that_they_are_not_cifar10(train_set, root):
+    test_set = load_dataset("test", "built-in", root=root)
+    assert "NOT CIFAR-10" in title_of(test_set) and title_of(Subset(test_set, [0])) == title_of(test_set)
+    assert not {image.tobytes() for image in train_set.data} & {image.tobytes() for image in test_set.data}
+    assert sorted(set(test_set.targets)) == list(range(10)) and len(test_set.classes) == 10
+
+
+def test_the_folder_comes_from_the_environment(root, monkeypatch):
+    monkeypatch.setenv("CIFAR10_ROOT", str(root))
+    assert Path(load_dataset("test", "built-in").root) == root
+    monkeypatch.delenv("CIFAR10_ROOT")
+    assert data_folder() == Path("data")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"split": "training"}, "split is 'training': choose train, validation or test"),
+    ({"data": "MNIST"}, "data is 'MNIST': choose one of CIFAR-10, built-in"),
+    ({"split": "validation"}, "validation_size is 0: choose 1 to 1999"),
+    ({"validation_size": 2000}, "validation_size is 2000: choose 1 to 1999"),
+])
+def test_impossible_splits_are_named(arguments, message, root):
+    with pytest.raises(ValueError, match=message):
+        load_dataset(**{"data": "built-in", "root": root, **arguments})
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"batch_size": 0}, "batch_size is 0: choose 1 to 2000"),
+    ({"batch_size": 2001}, "batch_size is 2001: choose 1 to 2000"),
+    ({"num_workers": -1}, "num_workers is -1: choose 0 to"),
+    ({"num_workers": CORES + 1}, f"num_workers is {CORES + 1}: choose 0 to {CORES}, the number of cores"),
+])
+def test_impossible_loaders_are_named(arguments, message, train_set):
+    with pytest.raises(ValueError, match=message):
+        make_loader(train_set, **arguments)
+
+
+def test_a_loader_that_shuffles_has_a_worker_for_each_core_and_one_that_does_not_keeps_the_order(train_set):
+    assert make_loader(train_set, shuffle=True).num_workers == CORES
+    loader = make_loader(Subset(train_set, range(50)), 20)
+    labels = [labels for _, labels in loader]
+    assert loader.num_workers == 0 and [len(batch) for batch in labels] == [20, 20, 10]
+    assert torch.cat(labels).tolist() == train_set.targets[:50]
 
 
 def test_batches_are_the_same_at_any_number_of_workers(train_set):
-    cores = len(os.sched_getaffinity(0))
-    epochs = [epoch(make_loader(train_set, 256, True, workers, seed=3)) for workers in {0, 1, min(2, cores)}]
-    assert epochs[0].shape == (2000, 32, 32, 3) and epochs[0].dtype == torch.uint8
-    assert all(torch.equal(epochs[0], other) for other in epochs[1:])
+    one, other = (epoch(make_loader(train_set, 256, True, workers, seed=3)) for workers in (0, min(2, CORES)))
+    assert one.shape == (2000, 32, 32, 3) and one.dtype == torch.uint8
+    assert torch.equal(one, other)
 
 
-def test_no_epoch_batch_or_worker_repeats_a_stream_of_augmentations(root):
-    """One image, over and over: any two that come out alike would be a repeated draw."""
-    train_set = load_dataset("train", "built-in", transform=train_transform(p=1), root=root)
-    train_set.data[:] = train_set.data[0]
-    loader = make_loader(train_set, 250, True)
-    batches = [images for _ in range(2) for images, _ in loader]
-    fingerprints = [tuple(images.flatten(1).double().sum(1).tolist()) for images in batches]
-    assert len(set(fingerprints)) == len(batches) == 16
-    starts = [batch[:3] for batch in fingerprints]  # not even the first draws of a batch are another's
-    assert len(set(starts)) == len(starts)
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting needs root")
-def test_workers_need_no_shared_memory(root, tmp_path):
-    code = f"""import sys; sys.path.insert(0, {str(HERE)!r})
-from dataset import load_dataset, make_loader
-loader = make_loader(load_dataset("train", "built-in", root={str(root)!r}), 256, True, 1)
-print("workers:", loader.num_workers, sum(len(labels) for _, labels in loader))"""
-    (tmp_path / "code.py").write_text(code)
-    run = subprocess.run(["unshare", "--mount", "sh", "-c", "mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "
-                          f"{sys.executable} {tmp_path / 'code.py'}"], text=True, capture_output=True)
-    if "mount" in run.stderr or "unshare" in run.stderr:
-        pytest.skip("mounting is not allowed here")
-    assert "workers: 1 2000" in run.stdout
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can widen a pipe")
-def test_a_batch_fits_into_the_pipe_from_the_workers(train_set):
-    import fcntl
-    loader = make_loader(train_set, 256, True, 1)
-    images, _ = next(iter(loader))
-    assert fcntl.fcntl(loader._iterator._worker_result_queue._reader.fileno(), fcntl.F_GETPIPE_SZ) > images.nbytes
-
-
-def test_workers_do_without_a_wider_pipe(train_set, monkeypatch):
-    expected = epoch(make_loader(train_set, 256, True, 0))
-    monkeypatch.setattr(dataset, "fcntl", None)  # as on Windows
-    assert torch.equal(epoch(make_loader(train_set, 256, True, 1)), expected)
-
-
-def test_a_worker_that_dies_is_named(root):
-    code = f"""import os, signal, sys; sys.path.insert(0, {str(HERE)!r})
-from dataset import load_dataset, make_loader
-loader = make_loader(load_dataset("train", "built-in", root={str(root)!r}), 50, True, num_workers=1)
-batches = iter(loader)
-next(batches)
-worker = loader._iterator._workers[0].pid
-os.kill(worker, signal.SIGKILL)
-print(worker, flush=True)
-list(batches)"""
-    run = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
-    assert run.returncode
-    assert re.search(rf"DataLoader worker \(pid.* {run.stdout.strip()}\)", run.stderr.splitlines()[-1])
-
-
-def test_seed_decides_order_and_augmentation(root):
+def test_the_seeds_decide_order_and_augmentation(root):
     def first(loader_seed, data_seed):
         loader = make_loader(load_dataset("train", "built-in", seed=data_seed, root=root), 64, True, 0, loader_seed)
         return next(iter(loader))
@@ -172,51 +195,67 @@ def test_seed_decides_order_and_augmentation(root):
     assert torch.equal(labels, other_labels) and not torch.equal(images, other_images)
 
 
-def test_validation_split_is_the_end_of_the_training_images_and_not_augmented(root):
-    whole, train, validation = (load_dataset(split, "built-in", size, root=root)
-                                for split, size in (("train", 0), ("train", 300), ("validation", 300)))
-    assert (len(whole), len(train), len(validation)) == (2000, 1700, 300)
-    assert (validation[0][0] == whole.data[1700]).all() and validation[299][1] == whole.targets[1999]
-    assert len({validation[0][0].tobytes() for _ in range(5)}) == 1
-    assert len({train[0][0].tobytes() for _ in range(20)}) > 1
+def test_no_epoch_batch_or_worker_repeats_a_stream_of_augmentations(root):
+    """One image, over and over: any two that come out alike would be a repeated draw."""
+    train_set = load_dataset("train", "built-in", transform=train_transform(p=1), root=root)
+    train_set.data[:] = train_set.data[0]
+    loader = make_loader(Subset(train_set, range(800)), 100, True, min(2, CORES))
+    batches = [images for _ in range(2) for images, _ in loader]
+    fingerprints = [tuple(images.flatten(1).double().sum(1).tolist()) for images in batches]
+    assert len(set(fingerprints)) == len(batches) == 16
+    starts = [batch[:3] for batch in fingerprints]  # not even the first draws of a batch are another's
+    assert len(set(starts)) == len(starts)
 
 
-def test_built_in_data_say_that_they_are_not_cifar10(train_set, root):
-    assert "NOT CIFAR-10" in train_set.title
-    test_set = load_dataset("test", "built-in", root=root)
-    assert not {image.tobytes() for image in train_set.data} & {image.tobytes() for image in test_set.data}
-    assert sorted(set(test_set.targets)) == list(range(10)) and len(test_set.classes) == 10
+def test_workers_hand_over_no_tensors_which_would_need_shared_memory(train_set):
+    loader = make_loader(Subset(train_set, range(20)), 20)
+    ((images, labels),) = DataLoader.__iter__(loader)  # as workers hand it over
+    assert type(images) is np.ndarray and {type(label) for label in labels} == {int}
+    ((images, labels),) = loader
+    assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
 
 
-def test_folder_comes_from_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("CIFAR10_ROOT", str(tmp_path))
-    load_dataset("test", "built-in")
-    assert (tmp_path / "built-in-shapes" / "test_batch").exists()
-    monkeypatch.delenv("CIFAR10_ROOT")
-    assert dataset.data_folder().as_posix() == "data"
+def worker_of(loader):
+    """Return the process number of a loader's only worker."""
+    (worker,) = loader._iterator._workers
+    return worker.pid
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(split="training"), "split is 'training': choose train, validation or test"),
-    (dict(data="MNIST"), "data is 'MNIST': choose one of CIFAR-10, built-in"),
-    (dict(split="validation"), "validation_size is 0: choose 1 to 1999"),
-    (dict(validation_size=2000), "validation_size is 2000: choose 1 to 1999"),
-])
-def test_impossible_splits_are_named(arguments, message, root):
-    with pytest.raises(ValueError, match=message):
-        load_dataset(**{"data": "built-in", "root": root, **arguments})
+def test_an_epoch_that_was_broken_off_can_be_repeated_with_new_workers(train_set):
+    images = Subset(train_set, range(400))
+    plain, loader = (make_loader(images, 50, True, workers) for workers in (0, 1))
+    order = loader.sampler.generator.get_state()
+    for _ in loader:
+        worker = worker_of(loader)
+        break
+    loader.sampler.generator.set_state(order)  # as `Checkpoint` does
+    assert torch.equal(epoch(loader), epoch(plain))
+    assert worker_of(loader) != worker
+    worker = worker_of(loader)
+    assert torch.equal(epoch(loader), epoch(plain))
+    assert worker_of(loader) == worker  # the epoch before was whole, so its worker goes on
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(batch_size=0), "batch_size is 0: choose 1 to 2000"),
-    (dict(batch_size=2001), "batch_size is 2001: choose 1 to 2000"),
-    (dict(num_workers=-1), "num_workers is -1: choose 0 to"),
-    (dict(num_workers=10_000), "num_workers is 10000: choose 0 to"),
-])
-def test_impossible_loaders_are_named(arguments, message, train_set):
-    with pytest.raises(ValueError, match=message):
-        make_loader(train_set, **arguments)
+def test_a_worker_that_dies_is_named_and_the_next_epoch_is_whole(train_set):
+    loader = make_loader(Subset(train_set, range(400)), 20, True, num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    worker = worker_of(loader)
+    with pytest.raises(RuntimeError, match=rf"DataLoader worker \(pid.* {worker}\)"):
+        os.kill(worker, signal.SIGKILL)
+        list(batches)
+    assert len(epoch(loader)) == 400
 
+
+def test_an_interrupt_does_not_stop_the_workers(train_set):
+    loader = make_loader(Subset(train_set, range(400)), 20, True, num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    os.kill(worker_of(loader), signal.SIGINT)
+    assert len(list(batches)) == 19
+
+
+# ---------------------------------------------------------------- missing and damaged data
 
 @pytest.fixture
 def no_network(monkeypatch):
@@ -243,6 +282,15 @@ def cifar10_files(tmp_path, monkeypatch):
     return folder
 
 
+def archive_of(folder, monkeypatch):
+    """Pack the files of a data set beside its folder and have torchvision expect the archive; return its path."""
+    path = folder.parent / "cifar-10-python.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(folder, folder.name)
+    monkeypatch.setattr(dataset.CIFAR10, "tgz_md5", hashlib.md5(path.read_bytes()).hexdigest())
+    return path
+
+
 def test_no_data_and_no_network_is_one_line_with_the_remedy(tmp_path, no_network):
     with pytest.raises(RuntimeError) as error:
         load_dataset("train", root=tmp_path)
@@ -252,95 +300,81 @@ def test_no_data_and_no_network_is_one_line_with_the_remedy(tmp_path, no_network
     assert error.value.__cause__ is not None
 
 
-def test_whole_files_load(cifar10_files, no_network):
+def test_whole_files_load_and_nothing_is_written(cifar10_files, no_network):
+    """So a read-only folder will do."""
+    def times():
+        return {path: path.stat().st_mtime_ns for path in [cifar10_files.parent, *cifar10_files.parent.rglob("*")]}
+
+    before = times()
     assert len(load_dataset("train", root=cifar10_files.parent)) == 50
+    assert times() == before
 
 
-@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
-@pytest.mark.parametrize("damage", [
-    lambda path: path.write_bytes(path.read_bytes()[:100]), lambda path: path.write_bytes(b""), lambda path: path.unlink(),
-    lambda path: path.write_bytes(path.read_bytes().replace(b"data", b"dada").replace(b"label", b"lapel")),
-], ids=["truncated", "empty", "missing", "altered"])
-def test_damaged_batch_file_is_named(name, damage, cifar10_files, no_network):
+@pytest.mark.parametrize("name, damage", [
+    ("data_batch_3", lambda path: path.write_bytes(path.read_bytes()[:100])),
+    ("test_batch", lambda path: path.unlink()),
+    ("batches.meta", lambda path: path.write_bytes(path.read_bytes().replace(b"frog", b"toad"))),
+], ids=["truncated", "missing", "altered"])
+def test_a_damaged_batch_file_is_named(name, damage, cifar10_files, no_network):
     damage(cifar10_files / name)
     with pytest.raises(RuntimeError, match=f"{name} is missing or damaged") as error:
         load_dataset("train", root=cifar10_files.parent)
     assert "\n" not in str(error.value)
 
 
+class Code:
+    """Would make a file if it were unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["data_batch_2", "batches.meta"])
+def test_a_file_that_is_not_the_expected_one_is_never_unpickled(name, cifar10_files, no_network, tmp_path):
+    trap, path = tmp_path / "trap", cifar10_files / name
+    path.write_bytes(pickle.dumps(Code(trap)))
+    with pytest.raises(RuntimeError, match=f"{name} is missing or damaged"):
+        load_dataset("train", root=cifar10_files.parent)
+    assert not dataset._readable(path, None)  # as of data whose MD5 nobody knows
+    assert not trap.exists()
+    pickle.loads(path.read_bytes())
+    assert trap.exists()  # it was a trap
+
+
 def test_labels_out_of_range_are_named(cifar10_files, no_network, monkeypatch):
-    batch = pickle.dumps({"data": np.zeros((10, 3072), np.uint8), "labels": [10] * 10})
-    (cifar10_files / "data_batch_2").write_bytes(batch)
+    path = cifar10_files / "data_batch_2"
+    path.write_bytes(pickle.dumps({"data": np.zeros((10, 3072), np.uint8), "labels": [10] * 10}))
     monkeypatch.setattr(dataset.CIFAR10, "train_list", [
         [name, hashlib.md5((cifar10_files / name).read_bytes()).hexdigest()] for name, _ in dataset.CIFAR10.train_list])
     with pytest.raises(RuntimeError, match="data_batch_2 is missing or damaged .images and labels do not fit"):
         load_dataset("train", root=cifar10_files.parent)
 
 
-def test_a_partial_download_is_named_and_does_not_block(tmp_path, no_network, monkeypatch):
-    archive = tmp_path / "cifar-10-python.tar.gz"
-    archive.write_bytes(b"the first bytes of a download that broke off")
-    with pytest.raises(RuntimeError, match="cifar-10-python.tar.gz is incomplete or damaged .*: run again"):
-        load_dataset("train", root=tmp_path)
-
-
 def test_an_archive_put_there_by_hand_is_unpacked(cifar10_files, no_network, monkeypatch):
-    root = cifar10_files.parent
-    with tarfile.open(root / "cifar-10-python.tar.gz", "w:gz") as archive:
-        archive.add(cifar10_files, "cifar-10-batches-py")
-    md5 = hashlib.md5((root / "cifar-10-python.tar.gz").read_bytes()).hexdigest()
-    monkeypatch.setattr(dataset.CIFAR10, "tgz_md5", md5)
+    archive_of(cifar10_files, monkeypatch)
     (cifar10_files / "data_batch_1").write_bytes(b"damaged")  # repaired from the archive
-    assert len(load_dataset("train", root=root)) == 50
+    assert len(load_dataset("train", root=cifar10_files.parent)) == 50
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, no_network):
-    (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(RuntimeError, match="can't be written .*: name another folder with CIFAR10_ROOT"):
-        load_dataset("train", root=tmp_path / "file" / "data")
-
-
-def as_nobody(function):
-    """Call the function in a process that is not root, whom file modes don't bind; return the text of its error."""
-    def call(texts):
-        os.setuid(65534)
-        try:
-            function()
-        except RuntimeError as error:
-            texts.put(str(error))
-        texts.put("no error")
-
-    context = multiprocessing.get_context("fork")
-    texts = context.SimpleQueue()
-    process = context.Process(target=call, args=(texts,))
-    process.start()
-    process.join()
-    return texts.get()
-
-
-@pytest.fixture
-def open_folder():
-    """A folder whose parents everybody may pass, unlike those of `tmp_path`."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="becoming somebody else needs root")
-def test_a_read_only_folder_is_named_but_serves_what_is_in_it(open_folder, cifar10_files, no_network):
-    open_folder.chmod(0o555)
-    text = as_nobody(lambda: load_dataset("train", root=open_folder))
-    assert text.startswith(f"{open_folder} can't be written") and text.endswith("name another folder with CIFAR10_ROOT")
-    shutil.copytree(cifar10_files, open_folder / cifar10_files.name)
-    assert as_nobody(lambda: load_dataset("train", root=open_folder)) == "no error"
+@pytest.mark.parametrize("obstacle", ["a file in its place", "a read-only folder"])
+def test_a_folder_that_cannot_be_written_is_named(obstacle, tmp_path, no_network, monkeypatch):
+    root = tmp_path / "data"
+    if obstacle == "a file in its place":
+        root.write_text("not a folder")
+    else:
+        root.mkdir()
+        monkeypatch.setattr(dataset.os, "access", lambda path, mode: Path(path) != root)
+    with pytest.raises(RuntimeError, match=f"^{root} can't be written .*: name another folder with CIFAR10_ROOT$"):
+        load_dataset("train", root=root)
 
 
 def test_a_download_that_breaks_off_does_not_block_the_next_try(cifar10_files, monkeypatch):
     """A real server that closes the connection half way, at first."""
-    archive, root = cifar10_files.parent / "server.tar.gz", cifar10_files.parent / "data"
-    with tarfile.open(archive, "w:gz") as file:
-        file.add(cifar10_files, cifar10_files.name)
-    content = archive.read_bytes()
-    answer = content[: len(content) // 2]
+    content, root = archive_of(cifar10_files, monkeypatch).read_bytes(), cifar10_files.parent / "data"
+    answer = content[:len(content) // 2]
 
     class Server(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -349,13 +383,14 @@ def test_a_download_that_breaks_off_does_not_block_the_next_try(cifar10_files, m
             self.end_headers()
             self.wfile.write(answer)
 
-        log_message = lambda *_: None
+        def log_message(self, *_):
+            pass
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(urllib.request, "_opener", None)
     monkeypatch.setattr(dataset.CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz")
-    monkeypatch.setattr(dataset.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())
     with pytest.raises(RuntimeError, match="cifar-10-python.tar.gz is incomplete or damaged .*: run again") as error:
         load_dataset("train", root=root)
     assert "\n" not in str(error.value)

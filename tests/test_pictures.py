@@ -1,12 +1,15 @@
 """Your own picture: any size and mode as a person would see it, and one line for what is none."""
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-import utils
+import dataset
 from dataset import CLASSES
+from pictures import classify, open_picture, plot_picture
 
 RED, BLUE = (200, 30, 20), (10, 40, 220)
 
@@ -23,52 +26,41 @@ def is_red(picture, tolerance=40):
     return picture.dtype == np.uint8 and picture.shape[2] == 3 and np.abs(picture.astype(int) - RED).max() <= tolerance
 
 
-SAVED = {
-    "jpeg": dict(), "png": dict(), "bmp": dict(), "webp": dict(lossless=True), "gif": dict(), "tiff": dict(),
-    "ppm": dict(), "cmyk.jpeg": dict(mode="CMYK"), "palette.png": dict(mode="P"), "alpha.png": dict(mode="RGBA"),
-}
-
-
-@pytest.mark.parametrize("name", SAVED)
-def test_ten_kinds_of_files_give_the_largest_centred_square(name, halves, tmp_path):
-    options, image, path = dict(SAVED[name]), Image.fromarray(halves), tmp_path / f"picture.{name}"
-    mode = options.pop("mode", "RGB")
-    (image.quantize() if mode == "P" else image.convert(mode)).save(path, **options)
+@pytest.mark.parametrize("suffix, mode", [("png", "RGB"), ("jpeg", "CMYK"), ("gif", "P"), ("tiff", "RGBA")])
+def test_files_of_all_modes_give_the_largest_centred_square(suffix, mode, halves, tmp_path):
+    image, path = Image.fromarray(halves), tmp_path / f"picture.{suffix}"
+    (image.quantize() if mode == "P" else image.convert(mode)).save(path)
+    assert Image.open(path).mode == mode
     for source in (path, str(path), Image.open(path)):
-        picture = utils.open_picture(source)
+        picture = open_picture(source)
         assert picture.shape == (40, 40, 3) and is_red(picture[:, 4:-4])  # JPEG blurs the edge
 
 
 def test_a_high_picture_is_cropped_above_and_below(halves):
-    assert is_red(utils.open_picture(halves.transpose(1, 0, 2)), 0)
+    assert is_red(open_picture(halves.transpose(1, 0, 2)), 0)
 
 
 @pytest.mark.parametrize("convert", [
-    lambda a: a, lambda a: a / 255, lambda a: (a / 255).astype(np.float32), lambda a: a.astype(np.uint16) * 257,
+    lambda a: a, lambda a: a / 255, lambda a: a.astype(np.uint16) * 257,
     lambda a: np.dstack([a, np.full(a.shape[:2], 255, np.uint8)]),
-], ids=["uint8", "float64", "float32", "uint16", "alpha"])
-def test_arrays(convert, halves):
-    assert is_red(utils.open_picture(convert(halves)), 1)
+], ids=["uint8", "floats", "uint16", "alpha"])
+def test_arrays_of_all_kinds_are_pictures(convert, halves):
+    assert is_red(open_picture(convert(halves)), 1)
 
 
 @pytest.mark.parametrize("image", [
     Image.new("L", (9, 9), 100), Image.new("LA", (9, 9), (100, 255)), Image.new("I", (9, 9), 100 * 257),
     Image.new("I;16", (9, 9), 100 * 257), Image.new("F", (9, 9), 100 * 257), np.full((9, 9), 100, np.uint8),
     np.full((9, 9, 1), 100, np.uint8)], ids=["L", "LA", "I", "I;16", "F", "array", "array of one channel"])
-def test_greyscale_becomes_grey(image):
-    assert (utils.open_picture(image) == 100).all()
-
-
-def test_16_bit_files_keep_their_brightness(tmp_path):
-    Image.fromarray(np.full((9, 9), 100 * 257, np.uint16)).save(tmp_path / "deep.png")
-    assert (utils.open_picture(tmp_path / "deep.png") == 100).all()
+def test_greyscale_becomes_grey_and_16_bits_keep_their_brightness(image):
+    assert (open_picture(image) == 100).all()
 
 
 def test_what_is_transparent_becomes_white(tmp_path):
     clear = Image.new("RGBA", (9, 9), (*RED, 0))
-    assert (utils.open_picture(clear) == 255).all()
+    assert (open_picture(clear) == 255).all()
     clear.quantize().save(tmp_path / "palette.png", transparency=0)
-    assert (utils.open_picture(tmp_path / "palette.png") == 255).all()
+    assert (open_picture(tmp_path / "palette.png") == 255).all()
 
 
 def test_exif_orientation_is_obeyed(tmp_path):
@@ -76,8 +68,14 @@ def test_exif_orientation_is_obeyed(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     image.save(tmp_path / "turned.png", exif=exif)
-    picture = utils.open_picture(tmp_path / "turned.png")
+    picture = open_picture(tmp_path / "turned.png")
     assert (picture[:8] == 0).all() and (picture[8:] == 250).all()
+
+
+def test_of_an_animation_the_first_picture_is_taken(tmp_path):
+    first, second = (Image.new("RGB", (9, 9), colour) for colour in (RED, BLUE))
+    first.save(tmp_path / "moving.gif", save_all=True, append_images=[second])
+    assert is_red(open_picture(tmp_path / "moving.gif"), 0)
 
 
 def truncated(path):
@@ -87,26 +85,28 @@ def truncated(path):
     return path
 
 
-def huge(path):
-    Image.new("1", (20_000, 20_000)).save(path, "png")
-    return path
+def containing(content):
+    """Return a function that writes a file of this content and returns its path."""
+    return lambda path: path.write_bytes(content) and path
 
 
-BROKEN = {
-    "missing": lambda path: path, "a folder": lambda path: path.parent,
-    "empty": lambda path: path.write_bytes(b"") * 0 or path, "text": lambda path: path.write_text("no image") * 0 or path,
-    "truncated": truncated, "absurdly large": huge, "not a number": lambda _: np.full((9, 9, 3), np.nan),
-    "out of range": lambda _: np.full((9, 9, 3), 2.0), "channels first": lambda _: np.zeros((3, 9, 9), np.uint8),
-    "no pixels": lambda _: np.zeros((0, 9, 3), np.uint8), "integers": lambda _: np.zeros((9, 9, 3), int),
-    "nothing": lambda _: None, "a batch": lambda _: np.zeros((2, 9, 9, 3), np.uint8),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_what_is_no_picture_is_refused_in_one_line(name, tmp_path):
-    with pytest.raises(ValueError, match="can't be used as a picture .*: give a path of a PNG or JPEG") as error:
-        utils.open_picture(BROKEN[name](tmp_path / "picture"))
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("make, reason", [
+    (lambda path: path, "No such file"), (lambda path: path.parent, "directory|Permission"),
+    (containing(b"no image"), "cannot identify"), (truncated, "truncated"),
+    (containing(b"P6 20000 20000 255\n"), "exceeds limit of 178956970 pixels"),
+    (lambda _: np.full((9, 9, 3), np.nan), "floats are not all from 0 to 1"),
+    (lambda _: np.full((9, 9, 3), 2.0), "floats are not all from 0 to 1"),
+    (lambda _: np.zeros((3, 9, 9), np.uint8), r"shape is \(3, 9, 9\)"),
+    (lambda _: np.zeros((9, 9, 3), int), "type is int"), (lambda _: Image.new("RGB", (9, 0)), "empty, 9 x 0 pixels"),
+    (lambda _: None, "no path, PIL image or array"),
+], ids=["missing", "a folder", "text", "truncated", "absurdly large", "not a number", "out of range", "channels first",
+        "integers", "no pixels", "nothing"])
+def test_what_is_no_picture_is_refused_in_one_line_with_the_reason(make, reason, tmp_path):
+    source = make(tmp_path / "picture")
+    name = str(source) if isinstance(source, Path) else f"the {type(source).__name__}"
+    with pytest.raises(ValueError, match=rf"can't be used as a picture \(.*({reason}).*\): give a path of") as error:
+        open_picture(source)
+    assert "\n" not in str(error.value) and str(error.value).startswith(name)
 
 
 class Brightness(nn.Module):
@@ -122,29 +122,28 @@ class Brightness(nn.Module):
         return logits
 
 
-def test_classify_one_and_many(tmp_path):
-    bright, dark = np.full((50, 70), 255, np.uint8), np.zeros((33, 32, 3))
-    one = utils.classify(Brightness(), bright)
-    assert len(one) == 5 and [name for name, _ in one[:2]] == ["ship", "truck"]
+def test_classify_one_and_many():
+    model, bright, dark = Brightness(), np.full((50, 70), 255, np.uint8), np.zeros((33, 32, 3))
+    one = classify(model, bright)
+    assert len(one) == 5 and [name for name, _ in one[:2]] == ["ship", "truck"] and not model.training
     assert one[0][1] > 0.9 and sum(probability for _, probability in one) <= 1.0001
-    many = utils.classify(Brightness(), [bright, dark] * 50, count=1)
-    assert [name for ((name, _),) in many] == ["ship", "truck"] * 50
-    softer = utils.classify(Brightness(), bright, temperature=4.0)
-    assert 0.5 < softer[0][1] < one[0][1]
+    many = classify(model, [bright, dark] * 10, count=1)
+    assert [name for ((name, _),) in many] == ["ship", "truck"] * 10
+    assert {name for name, _ in classify(model, dark, count=10)} == set(CLASSES)
+    assert classify(model, bright, 1, classes=tuple("abcdefghij"))[0][0] == "i"
+
+
+def test_a_temperature_divides_the_logits():
+    sharp, soft = (dict(classify(Brightness(), np.full((9, 9), 255, np.uint8), 10, temperature))
+                   for temperature in (1.0, 4.0))
+    assert np.log(sharp["ship"] / sharp["truck"]) == pytest.approx(4 * np.log(soft["ship"] / soft["truck"]), rel=1e-3)
     with pytest.raises(ValueError, match="^temperature is 0: choose a number above 0$"):
-        utils.classify(Brightness(), bright, temperature=0)
-    assert {name for name, _ in utils.classify(Brightness(), dark, count=10)} == set(CLASSES)
+        classify(Brightness(), np.zeros((9, 9), np.uint8), temperature=0)
 
 
-def test_figure_shows_the_picture_what_the_network_sees_and_the_classes(halves, tmp_path):
-    figure = utils.plot_picture(halves, utils.classify(Brightness(), halves), tmp_path / "img" / "picture.png")
-    seen = [axis.images[0].get_array() for axis in figure.axes[:2]]
-    assert [image.shape for image in seen] == [(40, 40, 3), (32, 32, 3)] and all(is_red(image, 0) for image in seen)
+def test_the_figure_shows_the_picture_what_the_network_sees_and_the_classes(halves, tmp_path):
+    figure = plot_picture(halves, classify(Brightness(), halves), tmp_path / "img" / "picture.png")
+    whole, small = (axis.images[0].get_array() for axis in figure.axes[:2])
+    assert whole.shape == (40, 40, 3) and is_red(whole, 0)
+    assert np.array_equal(small, dataset.test_transform()(image=np.asarray(whole))["image"])
     assert len(figure.axes[2].patches) == 5 and (tmp_path / "img" / "picture.png").exists()
-
-
-def test_a_large_picture_is_averaged_not_sampled(tmp_path):
-    stripes = np.zeros((640, 640, 3), np.uint8)
-    stripes[:, ::2] = 200
-    figure = utils.plot_picture(stripes, [("ship", 1.0)], tmp_path / "picture.png")
-    assert np.abs(figure.axes[1].images[0].get_array().astype(int) - 100).max() <= 1

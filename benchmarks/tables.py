@@ -1,0 +1,208 @@
+"""The tables and charts of the README and of benchmarks/, from the committed files: `make tables`.
+
+A table stands between `<!-- NAME -->` and `<!-- end -->` in a Markdown file, where NAME is one of `TABLES`.
+"""
+import json
+import re
+import statistics
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from checkpoint import load_metrics
+from dataset import train_transform
+from model import NetDilated
+from rules import check_rules, markdown_table
+from utils import BLUE, COLOURS, ORANGE, PUBLISHED, finish_figure
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+FILES = [ROOT / "README.md", HERE / "README.md", HERE / "ablations.md", HERE / "reproduce.md"]
+SEEDS = ["weights", "weights/seed-1", "weights/seed-2"]
+
+
+def main() -> None:
+    """Bring every table up to date and draw the charts."""
+    for path in FILES:
+        path.write_text(updated(path.read_text()))
+    plot_comparison(ROOT / "img" / "comparison_image.png")
+    plot_ablations(ROOT / "img" / "ablations_image.png")
+
+
+def updated(text: str) -> str:
+    """Return the text of a Markdown file with its tables made anew."""
+    def replace(match: re.Match) -> str:
+        return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+    return re.sub(r"<!-- (\S+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+# ---------------------------------------------------------------- results
+
+def runs() -> list[dict]:
+    """Return the metrics of the headline recipe with three seeds."""
+    return [load_metrics("NetDilated", ROOT / folder) for folder in SEEDS]
+
+
+def mean_and_deviation() -> str:
+    """Return the mean test accuracy of the three seeds with its standard deviation, in percent."""
+    accuracies = [metrics["test_accuracy"] for metrics in runs()]
+    return f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}"
+
+
+def headline() -> str:
+    """The result in one sentence."""
+    return (f"**{mean_and_deviation()} % test accuracy**, three seeds, {runs()[0]['parameters']:,} parameters, every "
+            "rule of the assignment kept.")
+
+
+def results() -> str:
+    """Ours and the published answers."""
+    rows = [("NetDilated (ours)", f"{runs()[0]['parameters']:,}", str(runs()[0]["recipe"]["epochs"]),
+             f"**{mean_and_deviation()}**", "-")]
+    for name, (_, accuracy) in PUBLISHED.items():
+        metrics = load_metrics(name, ROOT / "weights")
+        rows.append((f"{name}, retrained", f"{metrics['parameters']:,}", str(metrics["recipe"]["epochs"]),
+                     f"{metrics['test_accuracy']:.2f}", accuracy))
+    return markdown_table(("network", "parameters:", "epochs:", "test accuracy %:", "published %:"), rows)
+
+
+def seeds() -> str:
+    """Each run of the headline recipe."""
+    return markdown_table(("seed", "test accuracy %:", "with TTA %:", "minutes:", "hardware"), [
+        (str(run["recipe"]["seed"]), f"{run['test_accuracy']:.2f}", f"{run['test_accuracy_tta']:.2f}",
+         f"{run['seconds'] / 60:.0f}", run["hardware"]) for run in runs()])
+
+
+def constraints() -> str:
+    """What the assignment asks, and what was measured on our network."""
+    rows = [(rule, measured) for rule, measured, _ in check_rules(NetDilated(), train_transform())]
+    rows.append(("at least 85 % test accuracy", f"{mean_and_deviation()} %"))
+    return markdown_table(("constraint", "measured"), rows)
+
+
+# ---------------------------------------------------------------- speed
+
+def bench() -> dict:
+    """Return the measurements of `make bench`."""
+    return json.loads((HERE / "bench.json").read_text())
+
+
+def training_step() -> str:
+    """Images a second of the training step."""
+    return markdown_table(("training step", "images/s:", "min to max:", "peak memory, MB:", "NetDilated is faster:"), [
+        (name, f"{row['median']:.0f}", f"{row['min']:.0f} to {row['max']:.0f}", f"{row['peak_mb']:.0f}",
+         f"{row['ours_is_faster']:.2f} times") for name, row in bench()["training step"].items()])
+
+
+def time_to_85() -> str:
+    """The time of the training steps until 85 %."""
+    return markdown_table(("time to 85 %", "epochs:", "minutes:", "ours is faster:"), [
+        (name, str(row["epochs"]), f"{row['minutes']:,.1f}", f"{row['ours_is_faster']:.0f} times")
+        for name, row in bench()["time to 85 %"].items()])
+
+
+def input_pipeline() -> str:
+    """Images a second of the loaders."""
+    return markdown_table(("input pipeline", "images/s:", "min to max:", "of albumentations alone:"), [
+        (name, f"{row['median']:,.0f}", f"{row['min']:,.0f} to {row['max']:,.0f}", f"{row['of_the_limit']:.0%}")
+        for name, row in bench()["input pipeline"].items()])
+
+
+def speed_facts() -> str:
+    """The other measurements."""
+    measured, rate = bench(), bench()["rate of arithmetic, GFLOP/s"]
+    evaluation = measured["evaluation, seconds"]
+    return markdown_table(("measured", "value:"), [
+        ("hardware", measured["hardware"]), ("torch", measured["versions"]["torch"]), ("date", measured["date"]),
+        ("the loop waits for data", f"{measured['waiting for data, %']:.1f} % of its time"),
+        (f"testing {evaluation['images']:,} images", f"{evaluation['median']:.1f} s"),
+        ("the training step's share of a large matrix product's rate",
+         f"{rate['share']:.0%} ({rate['training step']:.0f} of {rate['matrix product']:.0f} GFLOP/s)")])
+
+
+def quick() -> str:
+    """The runs of the quick recipe."""
+    return markdown_table(("seed", "test accuracy %:", "minutes:", "hardware"), [
+        (str(run["recipe"]["seed"]), f"{run['test_accuracy']:.2f}", f"{run['seconds'] / 60:.1f}", run["hardware"])
+        for run in json.loads((HERE / "quick.json").read_text())["runs"]])
+
+
+# ---------------------------------------------------------------- ablations
+
+def ablations() -> dict[str, dict[str, dict]]:
+    """Return the rows of all ablations, by table."""
+    return json.loads((HERE / "ablations.json").read_text())
+
+
+def all_ablations() -> str:
+    """All ablations, a table for each schedule."""
+    head = ("idea", "parameters:", "MACs, M:", "s an epoch:", "train %:", "validation %:", "validation loss:")
+    return "\n\n".join(f"### {table}\n\n" + markdown_table(head, [
+        (name, f"{row['parameters']:,}", f"{row['macs'] / 1e6:.1f}", f"{row['seconds_an_epoch']:.0f}",
+         f"{row['train_accuracy']:.1f}", f"{row['validation_accuracy']:.2f}", f"{row['validation_loss']:.3f}")
+        for name, row in rows.items()]) for table, rows in ablations().items())
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    function.__name__: function for function in (headline, results, seeds, constraints, training_step, time_to_85,
+                                                 input_pipeline, speed_facts, quick, all_ablations)}
+
+
+# ---------------------------------------------------------------- charts
+
+def plot_comparison(path: Path) -> plt.Figure:
+    """Draw test accuracy over parameters: ours, the published answers as published and retrained, and references."""
+    figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    for row in json.loads((HERE / "references.json").read_text()):
+        point(axis, row["parameters"], row["test_accuracy"], row["network"], "grey", "s", right=row["label_right"])
+    for name, (_, accuracy) in PUBLISHED.items():
+        metrics, published = load_metrics(name, ROOT / "weights"), float(accuracy.split()[-1])
+        parameters, retrained = metrics["parameters"], metrics["test_accuracy"]
+        axis.annotate("", (parameters, retrained), (parameters, published),
+                      arrowprops={"arrowstyle": "->", "color": BLUE})
+        point(axis, parameters, published, "", BLUE, "o", markerfacecolor="white")
+        point(axis, parameters, retrained, f"{name}, retrained", BLUE, "o")
+    axis.annotate("both as published", (parameters, 85.1), (-18, -3), textcoords="offset points", fontsize=9,
+                  color=BLUE, ha="right")
+    ours = statistics.mean(metrics["test_accuracy"] for metrics in runs())
+    point(axis, runs()[0]["parameters"], ours, f" NetDilated, {ours:.2f}", ORANGE, "*", right=True, markersize=16)
+    axis.axvline(200_000, color="black", linewidth=1, linestyle=":")
+    axis.text(203_000, 84.7, "the limit of 200,000", fontsize=9)
+    axis.set(xscale="log", xlim=(80_000, 560_000), xlabel="parameters", ylabel="test accuracy, %",
+             title="CIFAR-10, trained from scratch")
+    axis.set_xticks([100_000, 200_000, 400_000], ["100,000", "200,000", "400,000"])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    return finish_figure(figure, path)
+
+
+def point(axis: plt.Axes, x: float, y: float, text: str, colour: str, marker: str, right: bool = False,
+          **style: object) -> None:
+    """Draw a point, with its text to the left or to the right of it."""
+    axis.plot(x, y, marker, color=colour, **style)
+    axis.annotate(text, (x, y), (8 if right else -8, -3), textcoords="offset points", fontsize=9, color=colour,
+                  ha="left" if right else "right")
+
+
+def plot_ablations(path: Path) -> plt.Figure:
+    """Draw how many points each idea is worth: a bar for each row of the tables of ten epochs."""
+    rows = ablations()
+    base = rows["first network, 10 epochs"]["Muon, NetDilated, progressive resizing"]["validation_accuracy"]
+    bars = {name: row["validation_accuracy"] - base for table in rows if table.startswith("NetDilated, 10 epochs")
+            for name, row in rows[table].items()}
+    figure, axis = plt.subplots(figsize=(8, 0.4 * len(bars) + 1), layout="constrained")
+    names, values = zip(*sorted(bars.items(), key=lambda bar: -bar[1]), strict=True)
+    names = [textwrap.fill(name, 44) for name in names]
+    drawn = axis.barh(names, values, color=[COLOURS[2] if value > 0 else ORANGE for value in values])
+    axis.bar_label(drawn, [f"{value:+.2f}" for value in values], padding=3, fontsize=9)
+    axis.axvspan(-0.5, 0.5, color="lightgrey", alpha=0.5, zorder=0)
+    axis.set(xlim=(min(values) - 0.4, max(*values, 0) + 0.4), xlabel="points of validation accuracy; grey: chance, maybe",
+             title=f"One change, ten epochs ({base:.2f} % without)")
+    axis.invert_yaxis()
+    return finish_figure(figure, path)
+
+
+if __name__ == "__main__":
+    main()

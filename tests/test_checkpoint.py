@@ -1,0 +1,375 @@
+"""What is on disk: runs that are killed, files that are damaged, disks that are full; weights and their metrics."""
+import contextlib
+import errno
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny import SHORT, STEPS, Run, Tiny, equal, state
+from torch import nn
+
+import checkpoint
+import utils
+from checkpoint import add_metrics, load, load_history, load_metrics, load_teacher, save, write_file
+from dataset import CORES, train_transform
+from model import NetDilated
+from recipe import seed_everything
+
+PROCESSES = multiprocessing.get_context("forkserver")  # nothing is shared but what the arguments say
+PROCESSES.set_forkserver_preload(["albumentations", "matplotlib.pyplot", "torchmetrics.functional.classification"])
+HISTORY = {"train_loss": [2.0, 1.0], "test_accuracy": [21.0, 65.0], "seconds": [3.0, 4.0]}
+METRICS = {"network": "NetDilated", "hardware": "this machine", "test_accuracy": 65.0, "recipe": SHORT.to_json(),
+           "history": HISTORY}
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    """A run that nothing disturbed: its folder, weights, history and what it printed."""
+    run = Run(root, tmp_path_factory.mktemp("finished"))
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        history = run.fit()
+    return SimpleNamespace(folder=run.path.parent, weights=state(run.model), history=history, output=output.getvalue())
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The path of the finished run's checkpoint, in a folder that a test may spoil."""
+    shutil.copytree(finished.folder, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "Tiny.ckpt"
+
+
+def work(root, folder, workers, pause, die_while_writing):
+    """Train in a process of its own, with a pause before each step; or die while the third checkpoint is written."""
+    multiprocessing.set_start_method("fork", force=True)  # of the workers, as in any other process on Linux
+    run, writes = Run(root, folder, workers), itertools.count(1)
+
+    def die(descriptor):
+        if next(writes) == 3:
+            os.ftruncate(descriptor, 1000)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if die_while_writing:
+        os.fsync = die
+    run.model.register_forward_pre_hook(lambda *_: time.sleep(pause))
+    run.fit()
+
+
+@contextlib.contextmanager
+def another_process(root, folder, workers=0, pause=0.01, die_while_writing=False):
+    """Start the run in a process of its own, which is killed in the end."""
+    process = PROCESSES.Process(target=work, args=(root, folder, workers, pause, die_while_writing))
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.is_alive(), f"it ended without {path}"
+        time.sleep(0.001)
+
+
+def interrupt(model, step):
+    """Press Ctrl-C, which reaches the workers as well, before the step of that number."""
+    steps = itertools.count(1)
+
+    def look(module, inputs):
+        if module.training and next(steps) == step:
+            for process in (*multiprocessing.active_children(), SimpleNamespace(pid=os.getpid())):
+                os.kill(process.pid, signal.SIGINT)
+
+    model.register_forward_pre_hook(look)
+
+
+def disk_full_after(writes):
+    """Return what takes the place of os.fsync when there is room for so many files only."""
+    numbers = itertools.count(1)
+
+    def fsync(descriptor):
+        if next(numbers) > writes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return fsync
+
+
+# ---------------------------------------------------------------- the checkpoint of a run
+
+def test_a_killed_run_goes_on_to_the_same_weights(root, tmp_path, finished, capsys):
+    """It is killed while it writes a checkpoint, and later at a random moment."""
+    path = tmp_path / "Tiny.ckpt"
+    with another_process(root, tmp_path, die_while_writing=True) as process:
+        process.join()
+        assert process.exitcode == -signal.SIGKILL and path.with_name("Tiny.ckpt.new").stat().st_size == 1000
+    assert len(load_history(path)["seconds"]) == 1
+    before = path.with_name("Tiny.ckpt.previous")
+    before.unlink()
+    with another_process(root, tmp_path, workers=1, pause=0.03) as process:
+        wait_for(before, process)  # the second epoch is finished
+        time.sleep(random.Random().uniform(0, 0.03 * STEPS))
+    assert process.exitcode == -signal.SIGKILL
+    run = Run(root, tmp_path)
+    run.fit()
+    assert re.search("going on with epoch [234]\n", capsys.readouterr().out)
+    assert equal(state(run.model), finished.weights)
+
+
+def test_a_second_process_is_refused_until_the_first_one_ends(root, tmp_path, finished):
+    run = Run(root, tmp_path)
+    with another_process(root, tmp_path, workers=1, pause=60) as process:  # in its first step for long enough
+        wait_for(run.path, process)
+        refusal = f"another process is training with {run.path}: wait for it, stop it, or choose another folder"
+        with pytest.raises(RuntimeError, match=f"^{re.escape(refusal)}$"):
+            run.fit()
+    run.fit()
+    assert equal(state(run.model), finished.weights)
+
+
+def test_where_there_is_no_fcntl_the_lock_is_that_of_windows(tmp_path, monkeypatch):
+    """With a stand-in for Windows' msvcrt, which refuses a region that is locked through another handle."""
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(checkpoint, "fcntl", None)
+    monkeypatch.setattr(checkpoint, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=lambda descriptor, mode, length:
+                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)), raising=False)
+    for _ in range(2):  # it is free again afterwards
+        with checkpoint._lock(tmp_path / "Tiny.ckpt"), pytest.raises(RuntimeError, match="another process is training"):
+            checkpoint._lock(tmp_path / "Tiny.ckpt")
+
+
+@pytest.mark.parametrize("step, kept", [(2, 0), (2 * STEPS + 1, 2)], ids=["first epoch", "third epoch"])
+def test_after_ctrl_c_the_same_cell_goes_on_to_the_same_weights(step, kept, root, tmp_path, finished, capsys):
+    """As in Jupyter: `fit` is called again with the same objects, and the worker has felt the Ctrl-C as well."""
+    run = Run(root, tmp_path, workers=1)
+    interrupt(run.model, step)
+    with pytest.raises(KeyboardInterrupt):
+        run.fit()
+    assert capsys.readouterr().out.endswith(
+        f"interrupted in epoch {kept + 1}: {kept} epochs are kept in {run.path}, run again to go on\n")
+    assert load_history(run.path)["test_loss"] == finished.history["test_loss"][:kept]
+    assert equal(state(run.model), torch.load(run.path, weights_only=True)["model"])  # the last whole epoch
+    history = run.fit()
+    assert equal(state(run.model), finished.weights) and history["train_loss"] == finished.history["train_loss"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_weights_are_the_same_at_any_number_of_workers(workers, root, tmp_path, finished):
+    if workers > CORES:
+        pytest.skip("there are not as many cores")
+    run = Run(root, tmp_path, workers)
+    run.fit()
+    assert equal(state(run.model), finished.weights)
+
+
+def test_a_finished_run_is_loaded_and_shows_its_epochs_again(root, copied, finished, capsys):
+    run = Run(root, copied.parent)
+    run.teacher.forward = None  # nothing is trained
+    assert run.fit() == finished.history == load_history(copied)
+    assert equal(state(run.model), finished.weights)
+    first, loaded, *table = capsys.readouterr().out.splitlines()
+    assert loaded == f"{copied}: finished before, loaded" and [first, *table] == finished.output.splitlines()
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: os.truncate(path, path.stat().st_size // 2),
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(bytes(byte ^ (place == 2000) for place, byte in enumerate(path.read_bytes()))),
+    lambda path: path.unlink(),
+], ids=["half", "empty", "one bit", "killed between the two renames"])
+def test_a_damaged_or_missing_checkpoint_gives_way_to_the_one_before(damage, root, copied, finished, capsys):
+    damage(copied)
+    run = Run(root, copied.parent)
+    run.fit()
+    output = capsys.readouterr().out
+    assert f"{copied} is damaged or missing: going back" in output and "going on with epoch 4\n" in output
+    assert equal(state(run.model), finished.weights)
+
+
+def another_teacher(run):
+    run.teacher = Tiny().eval()
+
+
+def another_layer(run):
+    run.model.layers[0].stride = (1, 1)  # with the same parameters
+
+
+@pytest.mark.parametrize("changes, change, difference", [
+    ({"max_lr": 0.2}, None, "max_lr: 0.1 there, 0.2 here"),
+    ({"optimizer": "SGD", "ema": False}, None, "optimizer: Muon there, SGD here; ema: True there, False here"),
+    ({"teacher": False}, None, "teacher: [0-9a-f]{64} there, None here"),
+    ({}, another_teacher, "teacher: [0-9a-f]{64} there, [0-9a-f]{64} here"),
+    ({}, another_layer, r"layers: +\(0\): Conv2d.*stride=\(2, 2\).* there, +\(0\): Conv2d.*stride=\(1, 1\).* here"),
+    ({"transform": train_transform(0.25)}, None, r"augmentations: +Shift\w+\(p=0.5.* there, +Shift\w+\(p=0.25.* here"),
+])
+def test_a_checkpoint_of_another_run_is_refused_by_name(changes, change, difference, root, copied, finished):
+    written, run = copied.read_bytes(), Run(root, copied.parent, **changes)
+    if change:
+        change(run)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(copied))} is of another run \({difference}\): [^\n]*$"):
+        run.fit()
+    assert copied.read_bytes() == written
+    assert Run(root, copied.parent).fit() == finished.history  # nothing is locked
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(root, tmp_path, finished, monkeypatch, capsys):
+    run = Run(root, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", disk_full_after(3))
+        run.fit()
+    assert capsys.readouterr().out.count(
+        f"{run.path} could not be written (No space left on device): training goes on") == 2
+    assert equal(state(run.model), finished.weights) and len(load_history(run.path)["seconds"]) == 2
+    run = Run(root, tmp_path)
+    run.fit()
+    assert "going on with epoch 3\n" in capsys.readouterr().out and equal(state(run.model), finished.weights)
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_work_begins(root, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(utils, "train", lambda *arguments: pytest.fail("work began"))
+    with pytest.raises(RuntimeError, match=r"folder can't be written \(Not a directory\): choose another folder$"):
+        Run(root, tmp_path / "file" / "folder").fit()
+
+
+def test_a_loss_that_turns_nan_is_one_line_and_the_checkpoint_before_stays(root, tmp_path, finished, monkeypatch):
+    """The last step of the third epoch spoils the weights, so that the test is the first to tell."""
+    def spoil(model, loader, recipe, epoch, *others, train=utils.train):
+        result = train(model, loader, recipe, epoch, *others)
+        for network in (model, others[-2].module) if epoch == 2 else ():  # the other one is the EMA's
+            nn.init.constant_(network.layers[0].weight, float("nan"))
+        return result
+
+    run = Run(root, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match=(
+            r"^epoch 3: the training loss is \d\S+ and the test loss nan: try a max_lr below 0.1$")):
+        patch.setattr(utils, "train", spoil)
+        run.fit()
+    assert len(load_history(run.path)["seconds"]) == 2
+    run = Run(root, tmp_path)
+    run.fit()
+    assert equal(state(run.model), finished.weights)
+
+
+class Code:
+    """Would make a file if it were unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+FOREIGN = {"empty": b"", "text": b"not one of ours", "code": pickle.dumps(print, protocol=2)}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_file_is_refused_by_name(content, root, tmp_path):
+    for name in ("Tiny.ckpt", "NetDilated.pt"):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="^.*Tiny.ckpt is damaged or no checkpoint of this program [^\n]*$"):
+        Run(root, tmp_path).fit()
+    with pytest.raises(ValueError, match="^.*NetDilated.pt is damaged or holds another network than NetD[^\n]*$"):
+        load("NetDilated", tmp_path)
+    assert {(tmp_path / name).read_bytes() for name in ("Tiny.ckpt", "NetDilated.pt")} == {content}
+
+
+def test_files_that_would_run_code_are_refused(root, tmp_path):
+    trap = tmp_path / "trap"
+    torch.save({"run": {}, "history": {}, "random": Code(trap)}, tmp_path / "Tiny.ckpt")
+    torch.save({"weight": Code(trap)}, tmp_path / "NetDilated.pt")
+    for action in (Run(root, tmp_path).fit, lambda: load("NetDilated", tmp_path)):
+        with pytest.raises(ValueError, match="is damaged or .*[Ww]eights.only"):
+            action()
+    assert not trap.exists()
+    torch.load(tmp_path / "NetDilated.pt", weights_only=False)
+    assert trap.exists()  # it was a trap
+
+
+def test_a_history_needs_a_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Tiny.ckpt is not there: no training has begun with it$"):
+        load_history(tmp_path / "Tiny.ckpt")
+
+
+# ---------------------------------------------------------------- weights and metrics
+
+def test_saved_weights_and_metrics_come_back(tmp_path):
+    seed_everything(0)
+    model = NetDilated()
+    metrics = save(model, METRICS, tmp_path / "new")
+    loaded, loaded_metrics = load("NetDilated", tmp_path / "new")
+    assert equal(state(model), state(loaded)) and not loaded.training
+    assert loaded_metrics == load_metrics("NetDilated", tmp_path / "new") == metrics
+    assert METRICS.items() <= json.loads((tmp_path / "new" / "NetDilated.json").read_text()).items()
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["NetDilated.json", "NetDilated.pt"]
+
+
+def test_weights_and_metrics_of_different_runs_are_told_apart(tmp_path):
+    for folder in ("one", "other"):
+        save(NetDilated(), METRICS, tmp_path / folder)
+    (tmp_path / "other" / "NetDilated.pt").replace(tmp_path / "one" / "NetDilated.pt")  # as if killed in between
+    with pytest.raises(ValueError, match="^.*NetDilated.pt is not the file that NetDilated.json tells of: [^\n]*$"):
+        load("NetDilated", tmp_path / "one")
+
+
+def test_weights_that_are_missing_or_of_another_network_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="^.*NetDilated.pt is not there: train NetDilated first[^\n]*$"):
+        load("NetDilated", tmp_path)
+    torch.save(Tiny().state_dict(), tmp_path / "NetDilated.pt")
+    with pytest.raises(ValueError, match="^.*NetDilated.pt is damaged or holds another network than NetD[^\n]*$"):
+        load("NetDilated", tmp_path)
+
+
+def test_a_run_saved_again_keeps_its_metrics_unless_a_file_is_harmed(tmp_path):
+    model, again = NetDilated(), {**METRICS, "hardware": "another machine"}
+    metrics = save(model, METRICS, tmp_path)
+    metrics = add_metrics(metrics, tmp_path, temperature=1.5)
+    assert metrics["temperature"] == 1.5 and METRICS.items() <= metrics.items()
+    assert save(model, again, tmp_path) == load("NetDilated", tmp_path)[1] == metrics
+    for name, content in (("NetDilated.pt", b"damaged"), ("NetDilated.json", b"{"), ("NetDilated.json", b"{}")):
+        save(model, METRICS, tmp_path)
+        (tmp_path / name).write_bytes(content)
+        assert save(model, again, tmp_path)["hardware"] == "another machine"
+        assert equal(state(model), state(load("NetDilated", tmp_path)[0]))
+    other = {**METRICS, "history": {**HISTORY, "seconds": [3.0, 5.0]}}
+    assert save(model, other, tmp_path)["history"] == other["history"]
+
+
+def test_a_teacher_is_one_of_the_same_data(tmp_path):
+    model = NetDilated()
+    save(model, METRICS, tmp_path)
+    teacher = load_teacher(tmp_path, "built-in")
+    assert equal(state(teacher), state(model)) and not teacher.training
+    with pytest.raises(ValueError, match=f"^teacher is {str(tmp_path)!r}: choose None, or the folder of one trained on "
+                                         "CIFAR-10, not on built-in$"):
+        load_teacher(tmp_path, "CIFAR-10")
+
+
+def test_nothing_is_overwritten_before_its_replacement_is_complete(tmp_path, monkeypatch):
+    path = tmp_path / "figure.png"
+    path.write_bytes(b"old")
+
+    def fail(descriptor):
+        assert (tmp_path / "figure.png.new").read_bytes() == b"new" and path.read_bytes() == b"old"
+        raise OSError(errno.ENOSPC, "disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full: '.*figure.png'"):
+        write_file(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.undo()
+    write_file(path, b"new", keep=tmp_path / "kept.png")
+    assert path.read_bytes() == b"new" and (tmp_path / "kept.png").read_bytes() == b"old"

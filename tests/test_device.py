@@ -1,0 +1,55 @@
+"""The device: which one is taken, in which precision it trains, and what it is called."""
+import json
+import platform
+
+import pytest
+import torch
+
+import device
+from device import autocast, hardware, make_scaler, mixed_precision, pick_device, versions
+
+CPU = torch.device("cpu")
+
+
+def test_a_device_is_taken_by_name_and_the_best_one_by_default():
+    assert pick_device("cpu") == pick_device(CPU) == CPU
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert pick_device().type == best
+
+
+@pytest.mark.parametrize("name", ["gpu", 3])
+def test_a_device_that_is_not_there_is_named_with_those_that_are(name):
+    with pytest.raises(ValueError, match=f"^device is {name!r}: choose None, or one of this machine: .*cpu$"):
+        pick_device(name)
+
+
+@pytest.mark.parametrize("vendor, flags, dtype", [
+    ("GenuineIntel", "avx512_bf16", None), ("GenuineIntel", "avx512_bf16 amx_bf16", torch.bfloat16),
+    ("AuthenticAMD", "avx2", None), ("AuthenticAMD", "avx512_bf16", torch.bfloat16)])
+def test_a_cpu_trains_in_bf16_where_that_is_faster(vendor, flags, dtype, monkeypatch):
+    monkeypatch.setattr(device, "_cpuinfo", lambda: f"vendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n")
+    assert mixed_precision(CPU) is dtype
+    with autocast(CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is (dtype or torch.float32)
+
+
+def test_cuda_trains_in_fp16_with_scaled_gradients_and_mps_in_fp32():
+    assert mixed_precision(torch.device("cuda")) is torch.float16
+    assert mixed_precision(torch.device("mps")) is None
+    assert not make_scaler(CPU).is_enabled()
+    if torch.cuda.is_available():
+        assert make_scaler(torch.device("cuda")).is_enabled()
+
+
+def test_hardware_is_the_name_that_linux_has_for_the_processor_or_that_of_its_kind(monkeypatch):
+    monkeypatch.setattr(device, "_cpuinfo", lambda: "processor\t: 0\nmodel name\t: Zen 9\nmodel name\t: Zen 9\n")
+    assert hardware(CPU) == f"Zen 9, {torch.get_num_threads()} threads"
+    monkeypatch.setattr(device, "_cpuinfo", lambda: "")
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    assert hardware(CPU).startswith(f"{platform.machine()}, ")
+
+
+def test_versions_can_be_written_as_json():
+    there = json.loads(json.dumps(versions()))
+    assert sorted(there) == ["albumentations", "numpy", "python", "torch", "torchvision"]
+    assert there["torch"] == torch.__version__ and there["python"] == platform.python_version()

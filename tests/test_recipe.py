@@ -1,0 +1,226 @@
+"""The recipe: what its settings may be, and the optimizer, schedule and moving average that follow from it."""
+import copy
+import json
+import random
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dataset import CORES
+from model import NetDilated, build_network, conv
+from recipe import (
+    Recipe,
+    make_ema,
+    make_optimizer,
+    make_scheduler,
+    seed_everything,
+    zeropower_via_newtonschulz5,
+)
+
+# ---------------------------------------------------------------- settings
+
+IMPOSSIBLE = {  # what is allowed, and values that are not
+    "network": ("one of NetDilated, PublishedDilated, PublishedDepthwise", ["ResNet", ()]),
+    "data": ("one of CIFAR-10, built-in", ["MNIST", None]),
+    "validation_size": ("a whole number, 0 or more", [-1, 0.1]),
+    "epochs": ("a whole number, 1 or more", [0, True]),
+    "batch_size": ("a whole number, 1 or more", [0, "256"]),
+    "optimizer": ("SGD or Muon", ["Adam", None]),
+    "max_lr": ("a number above 0", [0, float("inf")]),
+    "warmup": ("a number above 0 and below 1", [0.0, 1]),
+    "momentum": ("a pair of numbers, 0 to 1", [(0.85,), (0.85, 1.1), 0.9]),
+    "weight_decay": ("a number, 0 or more", [-1e-4, float("nan")]),
+    "ema": ("True or False", [1, None]),
+    "augmentation": ("a probability, 0 to 1", [-0.1, 1.1]),
+    "sizes": ("sizes in pixels, each 8 or more", [32, (), (32, 7), (16.0,)]),
+    "teacher": ("None or the path of a folder", [3, __file__]),
+    "distillation_weight": ("a number, 0 to 1", [-0.1, 1.1]),
+    "distillation_temperature": ("a number above 0", [0, "4"]),
+    "seed": ("a whole number, 0 to 4294967295", [-1, 2**32]),
+    "num_workers": (f"None, or 0 to {CORES}, the number of cores", [-1, CORES + 1]),
+    "folder": ("the path of a folder", [None, __file__]),
+}
+
+
+@pytest.mark.parametrize("name", [each.name for each in fields(Recipe)])
+def test_an_impossible_setting_is_named_in_one_line_with_what_is_allowed(name):
+    allowed, values = IMPOSSIBLE[name]
+    for value in values:
+        with pytest.raises(ValueError) as error:
+            Recipe(**{name: value})
+        assert str(error.value) == f"{name} is {value!r}: choose {allowed}"
+
+
+def test_an_unknown_setting_is_named():
+    with pytest.raises(TypeError, match="'epoch'"):
+        Recipe(epoch=3)
+
+
+def test_settings_at_their_limits_are_possible():
+    low = Recipe(validation_size=0, epochs=1, batch_size=1, weight_decay=0, augmentation=0, sizes=(8,), teacher=None,
+                 distillation_weight=0, seed=0, num_workers=0, max_lr=1e-9)
+    high = Recipe(augmentation=1, distillation_weight=1.0, seed=2**32 - 1, num_workers=CORES, momentum=(0.9, 1))
+    assert low.sizes == (8,) and high.seed == 2**32 - 1
+
+
+def test_lists_become_tuples_and_paths_become_strings():
+    recipe = Recipe(sizes=[16, 32], momentum=[0.8, 0.9], folder=Path("weights/new"), teacher=Path("weights"))
+    assert (recipe.sizes, recipe.momentum) == ((16, 32), (0.8, 0.9))
+    assert (recipe.folder, recipe.teacher) == (str(Path("weights/new")), "weights")
+
+
+def test_recipes_are_equal_if_they_give_the_same_result():
+    assert Recipe(folder="elsewhere", num_workers=0) == Recipe()
+    assert Recipe(seed=1) != Recipe() and Recipe(teacher=None) != Recipe()
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        Recipe().epochs = 0
+
+
+def test_a_recipe_comes_back_from_json_without_the_settings_that_do_not_matter():
+    recipe = Recipe.quick(momentum=(0.8, 0.9), folder="elsewhere", num_workers=0)
+    values = json.loads(json.dumps(recipe.to_json()))
+    assert Recipe(**values) == recipe
+    assert {each.name for each in fields(Recipe)} - set(values) == {"folder", "num_workers"}
+
+
+def test_the_quick_recipe_has_three_epochs_and_no_teacher_and_takes_changes():
+    quick = Recipe.quick()
+    assert (quick.epochs, quick.teacher) == (3, None)
+    assert Recipe.quick(epochs=5, seed=1).to_json() == {**quick.to_json(), "epochs": 5, "seed": 1}
+
+
+@pytest.mark.parametrize("epochs, sizes, seen", [
+    (3, (32,), [32, 32, 32]), (4, (16, 32), [16, 16, 32, 32]), (2, (16, 24, 32), [24, 32]), (3, (8, 24), [8, 8, 24])])
+def test_each_size_has_an_equal_share_of_the_epochs_and_the_last_one_comes_last(epochs, sizes, seen):
+    recipe = Recipe(epochs=epochs, sizes=sizes)
+    assert [recipe.image_size(epoch) for epoch in range(epochs)] == seen
+
+
+def test_a_seed_decides_what_all_random_generators_draw():
+    def draw(seed):
+        seed_everything(seed)
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    first, other = draw(3), draw(4)
+    assert first == draw(3) and not set(first) & set(other)
+
+
+# ---------------------------------------------------------------- optimizer
+
+def test_weights_decay_but_not_norms_and_biases():
+    model = NetDilated()
+    decayed, others = make_optimizer(model, Recipe(optimizer="SGD", weight_decay=0.01)).param_groups
+    assert decayed["weight_decay"] == 0.01 and all(parameter.ndim > 1 for parameter in decayed["params"])
+    assert others["weight_decay"] == 0 and all(parameter.ndim == 1 for parameter in others["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["NetDilated", "PublishedDilated"])
+def test_muon_has_each_parameter_once_and_makes_the_updates_of_hidden_convolutions_orthogonal(name):
+    model = build_network(name)
+    groups = make_optimizer(model, Recipe(optimizer="Muon", weight_decay=0.01)).param_groups
+    assert sorted(id(each) for group in groups for each in group["params"]) == sorted(map(id, model.parameters()))
+    (orthogonal,) = [group for group in groups if group.get("orthogonal")]
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    hidden = [f"{key}.weight" for key, module in model.named_modules()
+              if isinstance(module, nn.Conv2d) and module.groups == 1]
+    hidden = hidden if name == "NetDilated" else hidden[:-1]  # the last one of PublishedDilated makes the logits
+    assert [names[id(each)] for each in orthogonal["params"]] == hidden and orthogonal["weight_decay"] == 0
+    (decayed,) = [group for group in groups if group["weight_decay"]]
+    assert {names[id(each)] for each in decayed["params"]} == {
+        key for key, parameter in model.named_parameters() if parameter.ndim > 1} - set(hidden)
+
+
+@pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
+def test_newton_schulz_keeps_the_singular_vectors_and_brings_the_values_near_one(shape):
+    left, values, right = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), False)
+    values = torch.linspace(0.05, 1, len(values))
+    for scale in (1e-3, 1e3):
+        turned = left.T @ zeropower_via_newtonschulz5(scale * (left * values) @ right) @ right.T
+        assert turned.diagonal().min() > 0.6 and turned.diagonal().max() < 1.3
+        assert (turned - turned.diagonal().diag()).abs().max() < 1e-3
+
+
+def test_two_steps_of_muon():
+    """Recomputed: SGD for the linear layer, an orthogonal step of a tenth of the rate for the convolution."""
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    with torch.no_grad():
+        model[0].weight.mul_(5)  # whatever its norm is
+    recipe = Recipe(optimizer="Muon", max_lr=0.2, momentum=(0.8, 0.9), weight_decay=0.01)
+    muon, other = make_optimizer(model, recipe), copy.deepcopy(model[4])
+    sgd = torch.optim.SGD([{"params": [other.weight], "weight_decay": 0.01}, {"params": [other.bias]}],
+                          0.2, momentum=0.9, nesterov=True)
+    images, labels, velocity = torch.randn(20, 3, 8, 8), torch.randint(10, (20,)), 0
+    for _ in range(2):
+        state, muon = muon.state_dict(), make_optimizer(model, recipe)
+        muon.load_state_dict(state)  # as a run that goes on does
+        muon.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        other.weight.grad, other.bias.grad = model[4].weight.grad.clone(), model[4].bias.grad.clone()
+        gradient, before = model[0].weight.grad.clone(), model[0].weight.detach().clone()
+        muon.step()
+        sgd.step()
+        velocity = 0.9 * velocity + gradient
+        update = zeropower_via_newtonschulz5((gradient + 0.9 * velocity).flatten(1)).view_as(before)
+        torch.testing.assert_close(model[0].weight, before * 8**0.5 / before.norm() - 0.1 * 0.2 * update)
+        torch.testing.assert_close(model[4].weight, other.weight)
+        torch.testing.assert_close(model[4].bias, other.bias)
+    assert torch.equal(muon.state[model[0].weight]["momentum_buffer"], velocity)
+
+
+def test_a_step_of_muon_without_gradients_changes_nothing():
+    model = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 10))
+    before = copy.deepcopy(model.state_dict())
+    make_optimizer(model, Recipe(optimizer="Muon")).step()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+# ---------------------------------------------------------------- schedule and moving average
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Muon"])
+def test_the_learning_rate_peaks_after_the_warmup_and_the_momentum_does_the_opposite(optimizer):
+    recipe = Recipe(optimizer=optimizer, epochs=4, max_lr=0.2, warmup=0.25, momentum=(0.8, 0.9))
+    optimizer, rates, momenta = make_optimizer(NetDilated(), recipe), [], []
+    scheduler = make_scheduler(optimizer, recipe, steps_per_epoch=10)
+    for _ in range(40):
+        assert len({(group["lr"], group["momentum"]) for group in optimizer.param_groups}) == 1
+        rates.append(optimizer.param_groups[0]["lr"])
+        momenta.append(optimizer.param_groups[0]["momentum"])
+        optimizer.step()
+        scheduler.step()
+    peak = int(np.argmax(rates))
+    assert peak == 9 and rates[peak] == pytest.approx(0.2) and momenta[peak] == pytest.approx(0.8)
+    assert momenta[0] == pytest.approx(0.9) and momenta[-1] == pytest.approx(0.9)
+    assert rates[0] < 0.02 and rates[-1] < 1e-5
+    assert (np.sign(np.diff(rates)) == [1] * 9 + [-1] * 30).all()
+    assert (np.sign(np.diff(momenta)) == [-1] * 9 + [1] * 30).all()
+
+
+@pytest.mark.parametrize("epochs, decay", [(4, 0.5), (1, 0.0)])
+def test_the_moving_average_is_over_a_twentieth_of_the_run(epochs, decay):
+    """Of weights and of buffers. It begins with the first weights that it is shown."""
+    model = nn.BatchNorm1d(1)
+    ema = make_ema(model, Recipe(epochs=epochs), steps_per_epoch=10)
+    for value in (1.0, 2.0, 3.0):
+        nn.init.constant_(model.weight, value)
+        model.running_mean.fill_(10 * value)
+        ema.update_parameters(model)
+    expected = 1.0
+    for value in (2.0, 3.0):
+        expected = decay * expected + (1 - decay) * value
+    assert ema.module.weight.item() == pytest.approx(expected)
+    assert ema.module.running_mean.item() == pytest.approx(10 * expected)
+    assert model.weight.item() == 3
+
+
+def test_there_is_no_moving_average_without_ema():
+    assert make_ema(nn.Linear(1, 1), Recipe(ema=False), 10) is None

@@ -1,0 +1,137 @@
+"""The whole experiment, `train.run`, and the command line."""
+import os
+import runpy
+import signal
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import SHORT, Tiny, equal, state
+
+import checkpoint
+import train
+import utils
+from dataset import load_dataset, make_loader
+from model import NetDilated
+from recipe import Recipe
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_the_built_in_data(root, monkeypatch):
+    monkeypatch.setenv("CIFAR10_ROOT", str(root))
+    monkeypatch.setattr(train, "build_network", lambda name: Tiny())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def exit_of(*arguments):
+    """Return what the program says, or its number, when it ends itself."""
+    with pytest.raises(SystemExit) as end:
+        train.main(list(arguments))
+    return end.value.code
+
+
+TINY = ("--data", "built-in", "--teacher", "None", "--batch-size", "100", "--num-workers", "0", "--epochs", "1")
+
+
+# ---------------------------------------------------------------- the whole experiment
+
+def test_a_held_out_run_is_measured_on_the_validation_images_and_saved(tmp_path):
+    recipe = replace(SHORT, epochs=2, validation_size=1700, teacher=None, folder=str(tmp_path))
+    model, metrics = train.run(recipe, build=Tiny)
+    assert [column for column in metrics["history"] if "test" in column] == []
+    validation = make_loader(load_dataset("validation", "built-in", 1700), 500)
+    logits, labels = utils.predict(model, validation)
+    tta = utils.loss_and_accuracy(*utils.predict(model, validation, tta=True))[1]
+    assert (metrics["validation_loss"], metrics["validation_accuracy"], metrics["validation_accuracy_tta"]) == \
+        pytest.approx((*utils.test(model, validation), tta), rel=1e-5)
+    assert metrics["temperature"] == pytest.approx(utils.fit_temperature(logits, labels), rel=1e-5)
+    assert metrics["recipe"] == recipe.to_json() and "NOT CIFAR-10" in metrics["data"]
+    assert checkpoint.load_metrics("Tiny", tmp_path) == metrics
+    assert equal(torch.load(tmp_path / "Tiny.pt", weights_only=True), state(model.cpu()))
+
+
+def test_a_finished_run_is_loaded_with_its_metrics(tmp_path, monkeypatch):
+    recipe = Recipe.quick(data="built-in", epochs=1, batch_size=200, num_workers=0, folder=tmp_path)
+    model, metrics = train.run(recipe)
+    assert metrics["test_accuracy"] == metrics["history"]["test_accuracy"][-1] and "temperature" not in metrics
+    monkeypatch.setattr(utils, "train", lambda *arguments: pytest.fail("it trains again"))
+    monkeypatch.setattr(utils, "hardware", lambda device: "another machine")
+    again, same = train.run(recipe)
+    assert same == metrics and equal(state(again), state(model))
+
+
+def test_a_run_learns_from_the_teacher_in_the_folder_that_its_recipe_names(tmp_path, monkeypatch):
+    recipe, given = replace(SHORT, teacher=str(tmp_path / "teacher"), folder=str(tmp_path)), []
+    with pytest.raises(FileNotFoundError, match="teacher.NetDilated.pt is not there: train NetDilated first"):
+        train.run(recipe)
+    teacher, history = NetDilated(), {"test_accuracy": [10.0], "seconds": [1.0]}
+    checkpoint.save(teacher, utils.run_metrics(teacher, SHORT, history, "built-in"), recipe.teacher)
+    monkeypatch.setattr(train, "fit", lambda *arguments: given.append(arguments[-1]) or history)
+    train.run(recipe)
+    assert equal(state(given[0]), state(teacher)) and not given[0].training
+
+
+# ---------------------------------------------------------------- the command line
+
+def test_the_help_names_every_setting_with_its_meaning_and_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10000")
+    assert exit_of("--help") == 0
+    text = capsys.readouterr().out
+    for each in fields(Recipe):
+        option = each.name.replace("_", "-")
+        assert f"--{option} VALUE" in text and f"{each.metadata['meaning']} ({each.default})" in text
+    assert "--quick" in text
+
+
+def test_the_command_trains_the_recipe_that_its_arguments_name(tmp_path, capsys, monkeypatch):
+    train.main(["--quick", *TINY, "--sizes", "8,16", "--max-lr", "0.2", "--folder", str(tmp_path)])
+    metrics = checkpoint.load_metrics("Tiny", tmp_path)
+    expected = Recipe.quick(data="built-in", batch_size=100, epochs=1, sizes=(8, 16), max_lr=0.2)
+    assert metrics["recipe"] == expected.to_json()
+    assert capsys.readouterr().out.endswith(f"NOT CIFAR-10: test accuracy {metrics['test_accuracy']:.2f} %\n")
+    ran = []
+    monkeypatch.setattr(train, "run", lambda recipe: ran.append(recipe) or (None, {
+        "data": "some images", "validation_accuracy": 12.5, "recipe": {"validation_size": 10}}))
+    train.main([])
+    assert ran == [Recipe()] and capsys.readouterr().out == "some images: validation accuracy 12.50 %\n"
+
+
+@pytest.mark.parametrize("text, value", [("3", 3), ("5e-4", 5e-4), ("None", None), ("True", True),
+                                         ("16,24,32", (16, 24, 32)), ("CIFAR-10", "CIFAR-10"), ("built-in", "built-in"),
+                                         ("weights/seed-1", "weights/seed-1"), ("", "")])
+def test_an_argument_is_a_number_none_a_list_or_the_text_itself(text, value):
+    assert train.parse(text) == value and type(train.parse(text)) is type(value)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--epochs", "0"], "epochs is 0: choose a whole number, 1 or more"),
+    (["--network", "ResNet"], "network is 'ResNet': choose one of NetDilated"),
+    ([*TINY, "--batch-size", "9999"], "batch_size is 9999: choose 1 to 2000, the size of the data set"),
+    ([*TINY, "--teacher", "nowhere"], f"{Path('nowhere', 'NetDilated.pt')} is not there: train NetDilated first"),
+    ([*TINY, "--max-lr", "1e30"], "epoch 1: the training loss is "),
+], ids=["setting", "text", "data", "file", "loss"])
+def test_what_cannot_be_done_is_one_line(arguments, message, tmp_path):
+    text = exit_of(*arguments, "--folder", str(tmp_path / "new"))
+    assert text.startswith(f"train.py: {message}") and "\n" not in text
+
+
+def test_an_unknown_option_is_named(capsys):
+    assert exit_of("--epoch-count", "3") == 2
+    assert "unrecognized arguments: --epoch-count 3" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_program_as_it_ends_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(utils, "train", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+    assert exit_of(*TINY, "--folder", str(tmp_path)) == 130
+    assert "interrupted in epoch 1: 0 epochs are kept" in capsys.readouterr().out
+
+
+def test_the_file_is_a_program(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--epochs", "0"])
+    with pytest.raises(SystemExit, match="^train.py: epochs is 0"):
+        runpy.run_path(train.__file__, run_name="__main__")

@@ -1,0 +1,61 @@
+"""A small network, and short runs of it on built-in data, that the tests share."""
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import train
+from dataset import load_dataset, make_loader
+from model import conv
+from recipe import Recipe, seed_everything
+
+SHORT = Recipe(data="built-in", epochs=4, batch_size=20, max_lr=0.1, sizes=(16, 32), num_workers=0)
+STEPS = 15  # an epoch
+
+
+class Tiny(nn.Module):
+    """It trains in a moment, with the parts that training has to get right."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(conv(3, 16, stride=2), nn.BatchNorm2d(16), nn.SiLU(), nn.Dropout(0.1),
+                                    conv(16, 32, stride=2), nn.BatchNorm2d(32), nn.SiLU(),
+                                    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Run:
+    """A short run on 300 images, on one thread, with a teacher: everything that has a state is in it."""
+
+    def __init__(self, root: Path, folder: Path, workers: int = 0, teacher: bool = True, transform=None, **changes):
+        self.recipe = replace(SHORT, folder=str(folder), **changes)
+        self.path = Path(folder, "Tiny.ckpt")
+        train_set = load_dataset("train", "built-in", 1700, transform, self.recipe.seed, root)
+        self.loaders = (make_loader(train_set, self.recipe.batch_size, True, workers, self.recipe.seed),
+                        make_loader(load_dataset("test", "built-in", root=root), 500))
+        seed_everything(1)
+        self.teacher = Tiny().eval() if teacher else None
+        seed_everything(self.recipe.seed)
+        self.model = Tiny()
+
+    def fit(self) -> dict[str, list[float]]:
+        """Train to the end, and return the history."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return train.fit(self.model, self.recipe, *self.loaders, self.teacher)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return a copy of the state of the model."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Say whether two states are the same, bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
