@@ -50,11 +50,14 @@ class Checkpoint:
             images (or of the validation images, if the recipe holds out some), seconds.
 
     Raises:
-        ValueError: the file is damaged, or of another run. RuntimeError: another process trains with it.
+        ValueError: the file is damaged, or of another run, or the loader is not shuffled by `make_loader`.
+        RuntimeError: another process trains with the file.
     """
 
     def __init__(self, path: str | Path, recipe: "Recipe", loader: DataLoader, teacher: nn.Module | None,  # noqa: F821
                  parts: dict[str, object]):
+        if getattr(loader.sampler, "generator", None) is None:
+            raise ValueError("the order of this loader can't be restored: choose one of make_loader(shuffle=True)")
         self.path, self.recipe, self.loader = Path(path), recipe, loader
         self.parts = {name: part for name, part in parts.items() if part is not None}
         data, self.split = loader.dataset, "validation" if recipe.validation_size else "test"
@@ -67,7 +70,7 @@ class Checkpoint:
     def __enter__(self) -> "Checkpoint":
         self.lock = _lock(self.path)
         try:
-            if _restore_needed(self.path):
+            if _exists(self.path):
                 self._restore()
             else:
                 self.save()  # even the first epoch can be repeated
@@ -81,11 +84,10 @@ class Checkpoint:
 
     def __exit__(self, kind, error, traceback) -> None:
         with self.lock:
-            if kind is KeyboardInterrupt:
-                epoch = self.epochs_done() + 1
+            if kind is KeyboardInterrupt and _exists(self.path):
                 self._restore()
-                print(f"interrupted in epoch {epoch}: {self.epochs_done()} epochs are kept in {self.path}, run again "
-                      "to go on", flush=True)
+                print(f"interrupted: {self.epochs_done()} epochs are kept in {self.path}, run again to go on",
+                      flush=True)
 
     def epochs_done(self) -> int:
         """Return the number of epochs that are finished."""
@@ -115,11 +117,14 @@ class Checkpoint:
         try:
             write_file(self.path, _serialised(state), keep=_previous(self.path))
         except OSError as error:
-            print(f"{self.path} could not be written ({error.strerror}): training goes on, and the checkpoint before "
-                  "it is kept; make room to keep the next epochs", flush=True)
+            print(f"{self.path} could not be written ({error.strerror}): training goes on, and an older checkpoint is "
+                  "kept; make room to keep the next epochs", flush=True)
 
     def _restore(self) -> None:
-        state = _read(self.path)
+        state, found = _read(self.path)
+        if found != self.path:
+            print(f"{self.path} is damaged or missing: going back to the checkpoint before it")
+            os.replace(found, self.path)
         differences = [_difference(name, state["run"].get(name), value) for name, value in self.run.items()
                        if state["run"].get(name) != value]
         if differences:
@@ -137,21 +142,21 @@ class Checkpoint:
 
 def load_history(path: str | Path) -> dict[str, list[float]]:
     """Return the history of the epochs that a checkpoint holds, as after an interrupt."""
-    if not _restore_needed(Path(path)):
+    if not _exists(Path(path)):
         raise FileNotFoundError(f"{path} is not there: no training has begun with it")
-    return _read(Path(path))["history"]
+    return _read(Path(path))[0]["history"]
 
 
 def _previous(path):
     return path.with_name(path.name + ".previous")
 
 
-def _restore_needed(path):
+def _exists(path):
     return path.exists() or _previous(path).exists()
 
 
 def _read(path):
-    """Return the newest checkpoint that is whole; never run code from the file."""
+    """Return the newest checkpoint that is whole, and its path; never run code from the file."""
     trouble = None
     for candidate in filter(Path.exists, (path, _previous(path))):
         try:
@@ -163,10 +168,7 @@ def _read(path):
         except Exception as error:
             trouble = error
             continue
-        if candidate != path:
-            print(f"{path} is damaged or missing: going back to the checkpoint before it")
-            os.replace(candidate, path)
-        return state
+        return state, candidate
     raise ValueError(f"{path} is damaged or no checkpoint of this program ({one_line(trouble)}): "
                      "move it away to start afresh") from trouble
 
@@ -233,7 +235,7 @@ def save(model: nn.Module, metrics: dict, folder: str | Path = "weights") -> dic
         saved = load_metrics(metrics["network"], folder)
         if saved["history"] == metrics["history"] and saved["sha256"] == _sha256(path):
             return saved
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         pass  # nothing whole is saved there yet
     write_file(path, _serialised({key: value.cpu() for key, value in model.state_dict().items()}))
     return add_metrics({**metrics, "sha256": _sha256(path)}, folder)
@@ -269,8 +271,15 @@ def load(name: str, folder: str | Path = "weights") -> tuple[nn.Module, dict]:
 
 
 def load_metrics(name: str, folder: str | Path = "weights") -> dict:
-    """Return the metrics of a saved network."""
-    return json.loads((Path(folder) / f"{name}.json").read_text())
+    """Return the metrics of a saved network; a ValueError or an OSError names a file that is none."""
+    path = Path(folder) / f"{name}.json"
+    try:
+        metrics = json.loads(path.read_text())
+        metrics["sha256"], metrics["recipe"], metrics["history"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no metrics ({one_line(error)}): train {name} again, or take both of its files "
+                         "from the repository") from error
+    return metrics
 
 
 def load_teacher(folder: str | Path, data: str) -> nn.Module:

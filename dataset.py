@@ -1,8 +1,10 @@
 """CIFAR-10 with albumentations, its loaders, and a built-in stand-in for machines without CIFAR-10."""
+import ctypes
 import os
 import pickle
 import random
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,7 +170,7 @@ def require(name: str, value: object, allowed: str, holds: bool) -> None:
 
 def is_number(value: object) -> bool:
     """Say whether the value is a finite number, and not a bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and np.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100  # NaN is not
 
 
 def load_dataset(split: str = "train", data: str = "CIFAR-10", validation_size: int = 0,
@@ -233,7 +235,7 @@ def make_loader(dataset: Dataset, batch_size: int = 256, shuffle: bool = False, 
     order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if shuffle else None
     return _Loader(
         dataset, batch_size, sampler=order, num_workers=num_workers, collate_fn=_collate,
-        persistent_workers=num_workers > 0, worker_init_fn=_ignore_interrupts,
+        persistent_workers=num_workers > 0, worker_init_fn=_init_worker,
         generator=torch.Generator(),  # of the workers' own seeds, which nothing here uses
     )
 
@@ -256,9 +258,12 @@ class _Loader(DataLoader):
         self.complete = True
 
 
-def _ignore_interrupts(worker):
-    """Leave Ctrl-C, which reaches every process, to the main one: workers that it stops could not go on."""
+def _init_worker(worker):
+    """Leave Ctrl-C, which reaches every process, to the main one, and on Linux end with it if it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _collate(items):

@@ -66,8 +66,9 @@ class Recipe:
                             "a number above 0 and below 1", lambda value: positive(value) and value < 1)
     momentum: tuple[float, float] = setting(
         (0.85, 0.95), "the momentum at the peak of the learning rate, and at both ends of the run",
-        "a pair of numbers, 0 to 1",
-        lambda value: isinstance(value, tuple) and len(value) == 2 and all(map(between(0, 1), value)))
+        "a pair of numbers above 0 and below 1",
+        lambda value: (isinstance(value, tuple) and len(value) == 2
+                       and all(positive(each) and each < 1 for each in value)))
     weight_decay: float = setting(
         5e-4, "weight decay of the weights that Muon leaves to SGD; none of norms and biases",
         "a number, 0 or more", between(0))
@@ -153,10 +154,15 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_e
 
     The learning rate rises to `max_lr` in the share `warmup` of the steps and falls to nearly zero along a cosine; the
     momentum does the opposite. Smith and Topin, Super-convergence, https://arxiv.org/abs/1708.07120.
+
+    Raises:
+        ValueError: the run has fewer than three steps.
     """
-    low, high = recipe.momentum
-    return OneCycleLR(optimizer, recipe.max_lr, total_steps=recipe.epochs * steps_per_epoch, pct_start=recipe.warmup,
-                      base_momentum=low, max_momentum=high)
+    (low, high), steps = recipe.momentum, recipe.epochs * steps_per_epoch
+    require("the number of steps", steps, "more epochs or a smaller batch_size, for 3 steps at least", steps > 2)
+    warmup = max(recipe.warmup, 2 / steps)  # a rise of one step would divide by zero
+    return OneCycleLR(optimizer, recipe.max_lr, total_steps=steps, pct_start=warmup, base_momentum=low,
+                      max_momentum=high)
 
 
 def make_ema(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> AveragedModel | None:

@@ -124,7 +124,7 @@ def _measure_share(step, draws=1000):
     step = copy.deepcopy(step)
     step.set_random_state(np.random.default_rng(0), random.Random(0))
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    return np.mean([(step(image=image)["image"] != image).any() for _ in range(draws)])
+    return float(np.mean([(step(image=image)["image"] != image).any() for _ in range(draws)]))
 
 
 def _measure_hole(coarse_dropout, draws=50):
@@ -377,7 +377,8 @@ def layers_table(model: nn.Module) -> str:
     rows = []
     for unit in convolution_units(trace(model)):
         last = unit[-1]
-        kernels = " + ".join(f"{each.kernel}x{each.kernel} {_role(each)}".replace("1x1 ", "") for each in unit)
+        kernels = " + ".join("pointwise" if _role(each) == "pointwise" else f"{each.kernel}x{each.kernel} {_role(each)}"
+                             for each in unit)
         strides = "".join(f", {name} {max(values)}" for name, values in (
             ("dilation", [each.dilation for each in unit]), ("stride", [each.stride for each in unit]))
             if max(values) > 1)

@@ -198,7 +198,8 @@ def plot_ablations(path: Path) -> plt.Figure:
     drawn = axis.barh(names, values, color=[COLOURS[2] if value > 0 else ORANGE for value in values])
     axis.bar_label(drawn, [f"{value:+.2f}" for value in values], padding=3, fontsize=9)
     axis.axvspan(-0.5, 0.5, color="lightgrey", alpha=0.5, zorder=0)
-    axis.set(xlim=(min(values) - 0.4, max(*values, 0) + 0.4), xlabel="points of validation accuracy; grey: chance, maybe",
+    axis.set(xlim=(min(values) - 0.4, max(*values, 0) + 0.4),
+             xlabel="points of validation accuracy; grey: may be chance",
              title=f"One change, ten epochs ({base:.2f} % without)")
     axis.invert_yaxis()
     return finish_figure(figure, path)

@@ -12,20 +12,22 @@ import re
 import shutil
 import signal
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import SHORT, STEPS, Run, Tiny, equal, state
 from torch import nn
 
 import checkpoint
+import train
 import utils
 from checkpoint import add_metrics, load, load_history, load_metrics, load_teacher, save, write_file
 from dataset import CORES, train_transform
 from model import NetDilated
 from recipe import seed_everything
+from tiny import SHORT, STEPS, Run, Tiny, equal, state
 
 PROCESSES = multiprocessing.get_context("forkserver")  # nothing is shared but what the arguments say
 PROCESSES.set_forkserver_preload(["albumentations", "matplotlib.pyplot", "torchmetrics.functional.classification"])
@@ -52,6 +54,7 @@ def copied(finished, tmp_path):
 
 def work(root, folder, workers, pause, die_while_writing):
     """Train in a process of its own, with a pause before each step; or die while the third checkpoint is written."""
+    os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # of the workers, as in any other process on Linux
     run, writes = Run(root, folder, workers), itertools.count(1)
 
@@ -68,14 +71,20 @@ def work(root, folder, workers, pause, die_while_writing):
 
 @contextlib.contextmanager
 def another_process(root, folder, workers=0, pause=0.01, die_while_writing=False):
-    """Start the run in a process of its own, which is killed in the end."""
+    """Start the run in a process of its own, which is killed in the end, if not before, and its workers with it."""
     process = PROCESSES.Process(target=work, args=(root, folder, workers, pause, die_while_writing))
     process.start()
     try:
         yield process
     finally:
-        process.kill()
-        process.join()
+        kill(process)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def kill(process):
+    process.kill()
+    process.join()
 
 
 def wait_for(path, process):
@@ -84,16 +93,35 @@ def wait_for(path, process):
         time.sleep(0.001)
 
 
-def interrupt(model, step):
-    """Press Ctrl-C, which reaches the workers as well, before the step of that number."""
-    steps = itertools.count(1)
+def press_ctrl_c():
+    """Interrupt this process and its workers, as a terminal and Jupyter do."""
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
 
-    def look(module, inputs):
-        if module.training and next(steps) == step:
-            for process in (*multiprocessing.active_children(), SimpleNamespace(pid=os.getpid())):
-                os.kill(process.pid, signal.SIGINT)
 
-    model.register_forward_pre_hook(look)
+def before_step(number, training):
+    """Return what presses Ctrl-C before the step of that number, in training or in the tests."""
+    def arrange(run, patch):
+        steps = itertools.count(1)
+        run.model.register_forward_pre_hook(
+            lambda model, _: press_ctrl_c() if model.training is training and next(steps) == number else None)
+    return arrange
+
+
+def within_batch(number):
+    """Return what presses Ctrl-C when half of the batch of that number has come from the worker."""
+    def arrange(run, patch):
+        batches, receive = itertools.count(1), Connection._recv
+
+        def receive_half(connection, size, *read):
+            if size > 50_000 and next(batches) == number:
+                receive(connection, size // 2)
+                press_ctrl_c()
+            return receive(connection, size, *read)
+
+        patch.setattr(Connection, "_recv", receive_half)
+    return arrange
 
 
 def disk_full_after(writes):
@@ -121,9 +149,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(root, tmp_path, finished, caps
     with another_process(root, tmp_path, workers=1, pause=0.03) as process:
         wait_for(before, process)  # the second epoch is finished
         time.sleep(random.Random().uniform(0, 0.03 * STEPS))
-    assert process.exitcode == -signal.SIGKILL
-    run = Run(root, tmp_path)
-    run.fit()
+        kill(process)  # and its worker lives on
+        assert process.exitcode == -signal.SIGKILL
+        run = Run(root, tmp_path)
+        run.fit()
     assert re.search("going on with epoch [234]\n", capsys.readouterr().out)
     assert equal(state(run.model), finished.weights)
 
@@ -150,15 +179,18 @@ def test_where_there_is_no_fcntl_the_lock_is_that_of_windows(tmp_path, monkeypat
             checkpoint._lock(tmp_path / "Tiny.ckpt")
 
 
-@pytest.mark.parametrize("step, kept", [(2, 0), (2 * STEPS + 1, 2)], ids=["first epoch", "third epoch"])
-def test_after_ctrl_c_the_same_cell_goes_on_to_the_same_weights(step, kept, root, tmp_path, finished, capsys):
+@pytest.mark.parametrize("arrange, kept", [
+    (before_step(2, training=True), 0), (before_step(2, training=False), 1), (within_batch(2 * STEPS + 2), 2),
+], ids=["first epoch", "test of the second", "batch of the third"])
+def test_after_ctrl_c_the_same_cell_goes_on_to_the_same_weights(arrange, kept, root, tmp_path, finished, monkeypatch,
+                                                                 capsys):
     """As in Jupyter: `fit` is called again with the same objects, and the worker has felt the Ctrl-C as well."""
     run = Run(root, tmp_path, workers=1)
-    interrupt(run.model, step)
+    arrange(run, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run.fit()
     assert capsys.readouterr().out.endswith(
-        f"interrupted in epoch {kept + 1}: {kept} epochs are kept in {run.path}, run again to go on\n")
+        f"interrupted: {kept} epochs are kept in {run.path}, run again to go on\n")
     assert load_history(run.path)["test_loss"] == finished.history["test_loss"][:kept]
     assert equal(state(run.model), torch.load(run.path, weights_only=True)["model"])  # the last whole epoch
     history = run.fit()
@@ -186,7 +218,7 @@ def test_a_finished_run_is_loaded_and_shows_its_epochs_again(root, copied, finis
 @pytest.mark.parametrize("damage", [
     lambda path: os.truncate(path, path.stat().st_size // 2),
     lambda path: path.write_bytes(b""),
-    lambda path: path.write_bytes(bytes(byte ^ (place == 2000) for place, byte in enumerate(path.read_bytes()))),
+    lambda path: path.write_bytes(bytes(byte ^ (place == 30_000) for place, byte in enumerate(path.read_bytes()))),
     lambda path: path.unlink(),
 ], ids=["half", "empty", "one bit", "killed between the two renames"])
 def test_a_damaged_or_missing_checkpoint_gives_way_to_the_one_before(damage, root, copied, finished, capsys):
@@ -221,7 +253,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(changes, change, differe
     with pytest.raises(ValueError, match=rf"^{re.escape(str(copied))} is of another run \({difference}\): [^\n]*$"):
         run.fit()
     assert copied.read_bytes() == written
-    assert Run(root, copied.parent).fit() == finished.history  # nothing is locked
+    assert Run(root, copied.parent).fit() == finished.history
 
 
 def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(root, tmp_path, finished, monkeypatch, capsys):
@@ -235,6 +267,20 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(root, tmp_
     run = Run(root, tmp_path)
     run.fit()
     assert "going on with epoch 3\n" in capsys.readouterr().out and equal(state(run.model), finished.weights)
+
+
+def test_an_interrupt_on_a_full_disk_stays_an_interrupt(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", disk_full_after(0))
+    monkeypatch.setattr(utils, "train", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        Run(root, tmp_path).fit()
+    assert not (tmp_path / "Tiny.ckpt").exists()
+
+
+def test_a_loader_whose_order_cannot_be_restored_is_refused(root, tmp_path):
+    run = Run(root, tmp_path)
+    with pytest.raises(ValueError, match=r"can't be restored: choose one of make_loader\(shuffle=True\)$"):
+        train.fit(run.model, run.recipe, run.loaders[1], run.loaders[1])
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_work_begins(root, tmp_path, monkeypatch):
@@ -330,6 +376,14 @@ def test_weights_that_are_missing_or_of_another_network_are_named(tmp_path):
         load("NetDilated", tmp_path)
     torch.save(Tiny().state_dict(), tmp_path / "NetDilated.pt")
     with pytest.raises(ValueError, match="^.*NetDilated.pt is damaged or holds another network than NetD[^\n]*$"):
+        load("NetDilated", tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b"\xff"], ids=["cut off", "empty", "a list", "not UTF-8"])
+def test_metrics_that_are_none_are_named(content, tmp_path):
+    save(NetDilated(), METRICS, tmp_path)
+    (tmp_path / "NetDilated.json").write_bytes(content)
+    with pytest.raises(ValueError, match="^.*NetDilated.json holds no metrics [^\n]*: train NetDilated again[^\n]*$"):
         load("NetDilated", tmp_path)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import NETWORKS, Depthwise, build_network
+from model import NETWORKS, Depthwise, build_network, conv
 from rules import convolution_units, count_macs, count_parameters, receptive_field, trace
 
 
@@ -37,6 +37,11 @@ def test_ours_is_four_blocks_of_three_convolutions_each_of_which_halves_the_map_
             side = x.shape[-1]
             x = block(x)
             assert type(block) is nn.Sequential and len(block) == 3 and x.shape[-1] == side // 2
+
+
+@pytest.mark.parametrize("arguments, side", [({}, 12), ({"dilation": 2}, 12), ({"stride": 2}, 6), ({"padding": 2}, 14)])
+def test_a_standard_convolution_keeps_the_size_of_the_map_unless_it_has_a_stride_or_its_own_padding(arguments, side):
+    assert conv(3, 4, **arguments)(torch.zeros(1, 3, 12, 12)).shape == (1, 4, side, side)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 
 import dataset
-from dataset import CLASSES
+from dataset import CLASSES, normalise
 from pictures import classify, open_picture, plot_picture
 
 RED, BLUE = (200, 30, 20), (10, 40, 220)
@@ -141,9 +141,16 @@ def test_a_temperature_divides_the_logits():
         classify(Brightness(), np.zeros((9, 9), np.uint8), temperature=0)
 
 
-def test_the_figure_shows_the_picture_what_the_network_sees_and_the_classes(halves, tmp_path):
-    figure = plot_picture(halves, classify(Brightness(), halves), tmp_path / "img" / "picture.png")
+def test_the_network_sees_a_picture_as_it_sees_test_images():
+    seen, model, noise = [], Brightness(), np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
+    classify(model, noise)
+    assert torch.equal(seen[0], normalise(dataset.test_transform()(image=noise)["image"][None]))
+
+
+def test_the_figure_shows_the_picture_what_the_network_sees_and_the_classes(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    figure = plot_picture(noise, classify(Brightness(), noise), tmp_path / "img" / "picture.png")
     whole, small = (axis.images[0].get_array() for axis in figure.axes[:2])
-    assert whole.shape == (40, 40, 3) and is_red(whole, 0)
-    assert np.array_equal(small, dataset.test_transform()(image=np.asarray(whole))["image"])
+    assert np.array_equal(whole, noise) and np.array_equal(small, dataset.test_transform()(image=noise)["image"])
     assert len(figure.axes[2].patches) == 5 and (tmp_path / "img" / "picture.png").exists()

@@ -33,7 +33,7 @@ IMPOSSIBLE = {  # what is allowed, and values that are not
     "optimizer": ("SGD or Muon", ["Adam", None]),
     "max_lr": ("a number above 0", [0, float("inf")]),
     "warmup": ("a number above 0 and below 1", [0.0, 1]),
-    "momentum": ("a pair of numbers, 0 to 1", [(0.85,), (0.85, 1.1), 0.9]),
+    "momentum": ("a pair of numbers above 0 and below 1", [(0.85,), (0.85, 1.1), 0.9]),
     "weight_decay": ("a number, 0 or more", [-1e-4, float("nan")]),
     "ema": ("True or False", [1, None]),
     "augmentation": ("a probability, 0 to 1", [-0.1, 1.1]),
@@ -64,7 +64,7 @@ def test_an_unknown_setting_is_named():
 def test_settings_at_their_limits_are_possible():
     low = Recipe(validation_size=0, epochs=1, batch_size=1, weight_decay=0, augmentation=0, sizes=(8,), teacher=None,
                  distillation_weight=0, seed=0, num_workers=0, max_lr=1e-9)
-    high = Recipe(augmentation=1, distillation_weight=1.0, seed=2**32 - 1, num_workers=CORES, momentum=(0.9, 1))
+    high = Recipe(augmentation=1, distillation_weight=1.0, seed=2**32 - 1, num_workers=CORES, momentum=(0.9, 0.99))
     assert low.sizes == (8,) and high.seed == 2**32 - 1
 
 
@@ -203,6 +203,20 @@ def test_the_learning_rate_peaks_after_the_warmup_and_the_momentum_does_the_oppo
     assert rates[0] < 0.02 and rates[-1] < 1e-5
     assert (np.sign(np.diff(rates)) == [1] * 9 + [-1] * 30).all()
     assert (np.sign(np.diff(momenta)) == [-1] * 9 + [1] * 30).all()
+
+
+def test_the_shortest_run_has_three_steps():
+    recipe, rates = Recipe(epochs=1, max_lr=0.2, warmup=0.25), []
+    optimizer = make_optimizer(NetDilated(), recipe)
+    with pytest.raises(ValueError, match="^the number of steps is 2: choose more epochs or a smaller batch_size"):
+        make_scheduler(optimizer, recipe, steps_per_epoch=2)
+    for steps in (3, 4):
+        scheduler = make_scheduler(optimizer, recipe, steps)
+        for _ in range(steps):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+    assert [rate > 0.19 for rate in rates] == [False, True, False, False, True, False, False]
 
 
 @pytest.mark.parametrize("epochs, decay", [(4, 0.5), (1, 0.0)])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import SHORT, Tiny, equal, state
 
 import checkpoint
 import train
@@ -16,6 +15,7 @@ import utils
 from dataset import load_dataset, make_loader
 from model import NetDilated
 from recipe import Recipe
+from tiny import SHORT, Tiny, equal, state
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +128,7 @@ def test_an_unknown_option_is_named(capsys):
 def test_ctrl_c_ends_the_program_as_it_ends_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(utils, "train", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
     assert exit_of(*TINY, "--folder", str(tmp_path)) == 130
-    assert "interrupted in epoch 1: 0 epochs are kept" in capsys.readouterr().out
+    assert "interrupted: 0 epochs are kept" in capsys.readouterr().out
 
 
 def test_the_file_is_a_program(monkeypatch):
