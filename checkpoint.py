@@ -10,12 +10,14 @@ import math
 import os
 import random
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from model import build_network
 
@@ -80,9 +82,14 @@ class Checkpoint:
         print(HEAD.format(self.split[:5]))
         for epoch, row in enumerate(zip(*self.history.values(), strict=True), 1):
             print(ROW.format(epoch, *row))
+        work = [self.recipe.image_size(epoch)**2 * len(self.loader) for epoch in range(self.recipe.epochs)]
+        self.bar = tqdm(total=sum(work), initial=sum(work[:self.epochs_done()]), leave=False, smoothing=0,
+                        bar_format="{percentage:3.0f} % |{bar}| {elapsed}, {remaining} to go",
+                        disable=bool(os.environ.get("TQDM_DISABLE")))  # which tqdm itself ignores in notebooks
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
+        self.bar.close()
         with self.lock:
             if kind is KeyboardInterrupt and _exists(self.path):
                 self._restore()
@@ -96,6 +103,12 @@ class Checkpoint:
     def remaining_epochs(self) -> range:
         """Return the epochs to come, counted from 0."""
         return range(self.epochs_done(), self.recipe.epochs)
+
+    def batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the batches of the loader, while the progress bar moves on by the pixels of the images."""
+        for batch in self.loader:
+            yield batch
+            self.bar.update(self.recipe.image_size(epoch)**2)
 
     def log(self, *row: float) -> None:
         """Add an epoch to the history, and print it. The row has the columns of `history`.

@@ -1,4 +1,4 @@
-"""The smoke setting: under pytest the notebook runs on built-in data, in a folder that is removed afterwards."""
+"""The smoke setting: under pytest the notebook runs on the sample, in a folder that is removed afterwards."""
 import json
 import os
 import tempfile
@@ -11,7 +11,7 @@ from model import NetDilated
 from recipe import Recipe
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="s9-")
-SMOKE = Recipe(data="built-in", epochs=2, batch_size=200, sizes=(8, 16), teacher=f"{SCRATCH.name}/teacher",
+SMOKE = Recipe(data="sample", epochs=2, batch_size=200, sizes=(8, 16), teacher=f"{SCRATCH.name}/teacher",
                folder=SCRATCH.name)
 os.environ["S9_SETTINGS"] = json.dumps({**SMOKE.to_json(), "folder": SMOKE.folder})
 os.environ["TQDM_DISABLE"] = "1"
@@ -23,9 +23,9 @@ def pytest_sessionstart():
 
 
 @pytest.fixture(scope="session")
-def root(tmp_path_factory):
-    """The folder of the built-in data, which are drawn once."""
-    return tmp_path_factory.mktemp("data")
+def root():
+    """The folder of the sample of CIFAR-10."""
+    return Path(__file__).parent / "sample"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,8 +1,10 @@
-"""CIFAR-10 with albumentations, its loaders, and a built-in stand-in for machines without CIFAR-10."""
+"""CIFAR-10 with albumentations, its loaders, and a small sample of it for machines without CIFAR-10."""
 import ctypes
+import hashlib
 import os
 import pickle
 import random
+import shutil
 import signal
 import sys
 import warnings
@@ -15,6 +17,7 @@ import albumentations as A
 import numpy as np
 import torch
 import torchvision
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
 from torchvision.datasets.utils import check_integrity
 
@@ -84,6 +87,7 @@ class CIFAR10(torchvision.datasets.CIFAR10):
     """
 
     title = "CIFAR-10"
+    room = 360 * 2**20  # bytes, of the archive and what is unpacked
 
     def __init__(self, root=None, train=True, transform=None, seed=0):
         self.seed = seed
@@ -94,6 +98,21 @@ class CIFAR10(torchvision.datasets.CIFAR10):
                 raise ValueError("images and labels do not fit together")
         except Exception as error:
             raise RuntimeError(self._trouble(root, error)) from error
+
+    def download(self) -> None:
+        """Download and unpack the data, unless they are there.
+
+        Raises:
+            OSError: there is no room for them.
+        """
+        if self._check_integrity():
+            return
+        if not check_integrity(Path(self.root) / self.filename, self.tgz_md5):
+            print(f"downloading {self.title} to {self.root}: 170 MB, 350 MB with what is unpacked")
+            folder = next(path for path in (Path(self.root), *Path(self.root).resolve().parents) if path.exists())
+            if shutil.disk_usage(folder).free < self.room:
+                raise OSError(f"there is no room: {self.room // 2**20} MB are needed")
+        super().download()
 
     def __getitem__(self, index):
         image = self.data[index]
@@ -125,36 +144,30 @@ class CIFAR10(torchvision.datasets.CIFAR10):
         if not (existing.is_dir() and os.access(existing, os.W_OK)):
             return f"{root} can't be written ({cause}): name another folder with CIFAR10_ROOT"
         return (f"{self.title} is not in {root} and could not be downloaded ({cause}): put {self.filename} from "
-                f"{self.url} into {root} and run again, or run `make demo`, which needs no data")
+                f"{self.url} into {root} and run again, or run `make demo`, which needs no download")
 
 
-class BuiltInShapes(CIFAR10):
-    """Ten classes of shapes and stripes, drawn by code in CIFAR-10's on-disk format: a stand-in for trying the
-    program where CIFAR-10 is not at hand. It says of itself everywhere that it is not CIFAR-10."""
+class CIFAR10Sample(CIFAR10):
+    """2,000 training and 1,000 test images of CIFAR-10, in two image sheets of the repository: see sample/README.md."""
 
-    title = "built-in shapes, NOT CIFAR-10"
-    base_folder = "built-in-shapes"
-    train_list = [[f"data_batch_{number}", None] for number in range(1, 6)]
-    test_list = [["test_batch", None]]
-    meta = {"filename": "batches.meta", "key": "label_names", "md5": None}
-    names = ("disc", "square", "triangle", "ring", "cross", "horizontal", "vertical", "diagonal", "checks", "dots")
+    sha256 = {"train": "5e62859400fa739b1b81139231aee1a41dbffd4fc18eacbd6ade3778bff8a341",
+              "test": "6a0c0d71f4bcecc0f3534cc83abdb44053ce9acdcce7c21f9afd6d5c84e37011"}
+    columns = 50  # images in a row of a sheet
 
-    def download(self):
-        """Draw 2,000 training and 500 test images, once."""
-        if self._check_integrity():
-            return
-        folder = Path(self.root) / self.base_folder
-        folder.mkdir(parents=True, exist_ok=True)
-        random_generator = np.random.default_rng(0)
-        for name, count in [*((name, 400) for name, _ in self.train_list), ("test_batch", 500)]:
-            labels = np.arange(count) % len(self.names)
-            images = np.stack([_draw(label, random_generator) for label in labels])
-            batch = {"data": images.transpose(0, 3, 1, 2).reshape(count, 3072), "labels": labels.tolist()}
-            (folder / name).write_bytes(pickle.dumps(batch))
-        (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(self.names)}))
+    def __init__(self, root=None, train=True, transform=None, seed=0):
+        self.train, self.transform, self.seed, self.classes = train, transform, seed, list(CLASSES)
+        split = "train" if train else "test"
+        path = Path(root or Path(__file__).parent / "sample") / f"{split}.webp"
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != self.sha256[split]:
+            raise RuntimeError(f"{path} is missing or damaged: take it from the repository again")
+        sheet = np.asarray(Image.open(path).convert("RGB"))
+        images = sheet.reshape(-1, 32, self.columns, 32, 3).swapaxes(1, 2)
+        self.data = images.reshape(-1, 32, 32, 3).copy()
+        self.targets = [number % len(CLASSES) for number in range(len(self.data))]
+        self.title = f"a sample of CIFAR-10, {len(self.data):,} images"
 
 
-DATASETS = {"CIFAR-10": CIFAR10, "built-in": BuiltInShapes}
+DATASETS = {"CIFAR-10": CIFAR10, "sample": CIFAR10Sample}
 
 
 def data_folder() -> Path:
@@ -179,12 +192,12 @@ def load_dataset(split: str = "train", data: str = "CIFAR-10", validation_size: 
 
     Args:
         split: "train" (without the last `validation_size` training images), "validation" (those), or "test".
-        data: "CIFAR-10", or "built-in" for shapes drawn by code.
+        data: "CIFAR-10", or "sample" for the 3,000 images of it that come with the repository.
         validation_size: how many training images are held out.
         transform: an albumentations transform; `train_transform()` for "train" and `test_transform()` otherwise
             if None.
         seed: of the augmentations.
-        root: the folder of the data; `data_folder()` if None.
+        root: the folder of the data. If None, `data_folder()` for CIFAR-10, and `sample` of the repository.
 
     Raises:
         ValueError: an argument is not one of those allowed. RuntimeError: the data are missing or damaged.
@@ -254,7 +267,8 @@ class _Loader(DataLoader):
             self._iterator = None
         self.complete = False
         for images, labels in super().__iter__():
-            yield torch.from_numpy(images), torch.tensor(labels)
+            batch = torch.from_numpy(images), torch.tensor(labels)
+            yield tuple(part.pin_memory() for part in batch) if torch.cuda.is_available() else batch
         self.complete = True
 
 
@@ -285,28 +299,3 @@ def _readable(path, md5):
 def _consistent(images, labels):
     """Say whether there is one label, 0 to 9, for each image."""
     return len(images) == len(labels) > 0 and 0 <= min(labels) and max(labels) < len(CLASSES)
-
-
-def _draw(label, random_generator):
-    """Draw one 32x32 uint8 image of class `label` in two random colours, somewhere, with noise."""
-    colours = random_generator.uniform(0, 255, (2, 3))
-    colours[1] = np.where(np.abs(colours[0] - colours[1]) < 90, (colours[0] + 128) % 256, colours[1])
-    cx, cy = random_generator.uniform(12, 20, 2)
-    size, phase = random_generator.uniform(7, 11), random_generator.uniform(0, 8)
-    y, x = np.mgrid[:32, :32]
-    dx, dy = x - cx, y - cy
-    distance = np.hypot(dx, dy)
-    masks = (
-        distance < size,
-        np.maximum(abs(dx), abs(dy)) < size * 0.8,
-        (dy < size * 0.8) & (dy > 2 * abs(dx) - size),
-        abs(distance - size * 0.8) < size * 0.25,
-        (np.minimum(abs(dx), abs(dy)) < size * 0.25) & (distance < size),
-        (y + phase) % 8 < 4,
-        (x + phase) % 8 < 4,
-        (x + y + phase) % 8 < 4,
-        ((x + phase) % 8 < 4) ^ ((y + phase) % 8 < 4),
-        ((x + phase) % 8 < 3) & ((y + phase) % 8 < 3),
-    )
-    image = np.where(masks[label][..., None], *colours) + random_generator.normal(0, 12, (32, 32, 3))
-    return image.clip(0, 255).astype(np.uint8)

@@ -1,10 +1,12 @@
 """The run of the notebook as a command: `python train.py --quick --seed 1 --folder weights/seed-1`."""
 import argparse
 import ast
+import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +38,8 @@ def run(recipe: Recipe, build: Callable[[], nn.Module] | None = None) -> tuple[n
     teacher = recipe.teacher and load_teacher(recipe.teacher, recipe.data)
     history = fit(model, recipe, train_loader, test_loader, teacher)
     metrics = save(model, utils.run_metrics(model, recipe, history, title_of(test_set)), recipe.folder)
-    measured = {f"{split}_accuracy_tta": utils.loss_and_accuracy(*utils.predict(model, test_loader, tta=True))[1]}
+    measured = {f"{split}_accuracy_tta": utils.loss_and_accuracy(*utils.predict(model, test_loader, tta=True))[1],
+                "sample_mistakes": utils.sample_mistakes(model)}
     if recipe.validation_size:
         measured["temperature"] = utils.fit_temperature(*utils.predict(model, test_loader))
     return model, add_metrics(metrics, recipe.folder, **measured)
@@ -61,12 +64,53 @@ def fit(model: nn.Module, recipe: Recipe, train_loader: DataLoader, test_loader:
     with Checkpoint(Path(recipe.folder, f"{type(model).__name__}.ckpt"), recipe, train_loader, teacher, parts) as run:
         for epoch in run.remaining_epochs():
             start = time.perf_counter()
-            train_metrics = utils.train(model, train_loader, recipe, epoch, optimizer, scheduler, scaler, ema, teacher)
+            train_metrics = utils.train(model, run.batches(epoch), recipe, epoch, optimizer, scheduler, scaler, ema,
+                                        teacher)
             test_metrics = utils.test(utils.averaged(model, ema), test_loader)
             run.log(*train_metrics, *test_metrics, time.perf_counter() - start)
             run.save()
     model.load_state_dict(utils.averaged(model, ema).state_dict())
     return run.history
+
+
+def estimate(recipe: Recipe, images: int, device: torch.device, teacher: nn.Module | None = None) -> float:
+    """Return about how many seconds the training steps of a run take on this device.
+
+    Two steps are timed at each image size. `images` is the size of the training set. The random generators stay as
+    they were.
+    """
+    count, seconds = min(recipe.batch_size, images), 0.0
+    with torch.random.fork_rng():
+        model = build_network(recipe.network).to(device, memory_format=torch.channels_last)
+        optimizer = make_optimizer(model, recipe)
+        batch = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (count,))
+        sizes = [recipe.image_size(epoch) for epoch in range(recipe.epochs)]
+        for size in set(sizes):
+            step = partial(utils.train, model, [batch] * 2, recipe, sizes.index(size), optimizer, teacher=teacher)
+            step()  # warms up
+            start = time.perf_counter()
+            step()
+            seconds += (time.perf_counter() - start) / 2 * images / count * sizes.count(size)
+    return seconds
+
+
+def announce(recipe: Recipe) -> str:
+    """Return in one line how long a run takes here, and how long the quick one, with the accuracy that it reached."""
+    device, teacher = pick_device(), recipe.teacher and load_teacher(recipe.teacher, recipe.data)
+    teacher = teacher and teacher.to(device, memory_format=torch.channels_last)
+    images = len(load_dataset("train", recipe.data, recipe.validation_size))
+    quick = json.loads((Path(__file__).parent / "benchmarks" / "quick.json").read_text())
+    times = [duration(estimate(recipe, images, device, teacher)), duration(estimate(Recipe.quick(), images, device))]
+    return (f"about {times[0]} on {hardware(device)} ({recipe.epochs} epochs); Recipe.quick() takes about {times[1]} "
+            f"and reaches {quick['mean_test_accuracy']:.1f} % on CIFAR-10")
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the units that a person would use, such as "3 h 10 min"."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -75,11 +119,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="begin with Recipe.quick(), which passes 85 %%")
     for each in fields(Recipe):
         meaning = each.metadata["meaning"].replace("%", "%%")
-        parser.add_argument(f"--{each.name.replace('_', '-')}", type=parse, default=argparse.SUPPRESS,
-                            metavar="VALUE", help=f"{meaning} ({each.default})")
+        parser.add_argument(f"--{each.name.replace('_', '-')}", type=str if each.type is str else parse,
+                            default=argparse.SUPPRESS, metavar="VALUE", help=f"{meaning} ({each.default})")
     options = vars(parser.parse_args(arguments))
     try:
-        _, metrics = run(Recipe.quick(**options) if options.pop("quick") else Recipe(**options))
+        recipe = Recipe.quick(**options) if options.pop("quick") else Recipe(**options)
+        print(announce(recipe), flush=True)
+        _, metrics = run(recipe)
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:

@@ -1,7 +1,6 @@
 """Training and testing, metrics, and the plots."""
 import copy
 import io
-import os
 from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
@@ -19,10 +18,9 @@ from torchmetrics.functional.classification import (
     multiclass_calibration_error,
     multiclass_confusion_matrix,
 )
-from tqdm.auto import tqdm
 
 from checkpoint import write_file
-from dataset import base_of, make_loader, normalise, require
+from dataset import base_of, load_dataset, make_loader, normalise, require
 from device import autocast, hardware, versions
 from recipe import Recipe, make_scheduler, positive
 from rules import (
@@ -70,9 +68,10 @@ def train(model: nn.Module, loader: Iterable, recipe: Recipe, epoch: int, optimi
     size = recipe.image_size(epoch)
     model.train()
     losses, hits, counts = [], [], []
-    for images, labels in _progress(loader, f"epoch {epoch + 1}"):
+    for images, labels in loader:
         try:
-            images, labels = normalise(images.to(device)), labels.to(device)
+            images, labels = (batch.to(device, non_blocking=True) for batch in (images, labels))
+            images = normalise(images)
             with autocast(device):
                 logits = model(resize(images, size))
             loss = objective = F.cross_entropy(logits.float(), labels)
@@ -86,11 +85,13 @@ def train(model: nn.Module, loader: Iterable, recipe: Recipe, epoch: int, optimi
         except torch.OutOfMemoryError as error:
             raise RuntimeError(f"the memory of {hardware(device)} is too small for batch_size {len(labels)}: "
                                f"try {max(1, len(labels) // 2)}") from error
+        scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
-        if scheduler:
+        stepped = scaler.get_scale() >= scale  # it skips a step whose gradients overflow
+        if scheduler and stepped:
             scheduler.step()
-        if ema and scheduler.last_epoch > scheduler.total_steps / 2:
+        if ema and stepped and scheduler.last_epoch > scheduler.total_steps / 2:
             ema.update_parameters(model)
         losses.append(loss.detach())
         hits.append((logits.argmax(1) == labels).sum())
@@ -149,11 +150,6 @@ def loss_and_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float
     return F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).float().mean().item()
 
 
-def _progress(loader, description):
-    """Return the loader with a progress bar, unless TQDM_DISABLE is set, which tqdm itself ignores in notebooks."""
-    return tqdm(loader, description, leave=False, disable=bool(os.environ.get("TQDM_DISABLE")))
-
-
 # ---------------------------------------------------------------- metrics
 
 def run_metrics(model: nn.Module, recipe: Recipe, history: dict[str, list[float]], data: str) -> dict:
@@ -165,6 +161,12 @@ def run_metrics(model: nn.Module, recipe: Recipe, history: dict[str, list[float]
         "seconds": sum(history["seconds"]), "hardware": hardware(next(model.parameters()).device),
         "date": date.today().isoformat(), "versions": versions(), "recipe": recipe.to_json(), "history": history,
     }
+
+
+def sample_mistakes(model: nn.Module) -> list[int]:
+    """Return which test images of the sample the network gets wrong, by their numbers: a fingerprint of its weights."""
+    logits, labels = predict(model, make_loader(load_dataset("test", "sample"), 500))
+    return (logits.argmax(1) != labels).nonzero().flatten().tolist()
 
 
 def accuracy_by_class(dataset: Dataset, logits: torch.Tensor) -> dict[str, float]:

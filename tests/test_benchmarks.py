@@ -26,7 +26,7 @@ def results(root, tmp_path_factory):
                                        if name in (bench.OURS, bench.QUICK, bench.PUBLISHED)})
         patch.setattr(bench, "CORES", 1)
         patch.setattr(bench, "arithmetic", partial(bench.arithmetic, side=64))
-        results = bench.main(["--images", "32", "--seconds", "0", "--repeats", "1", "--data", "built-in",
+        results = bench.main(["--images", "32", "--seconds", "0", "--repeats", "1", "--data", "sample",
                               "--output", str(output)])
     assert json.loads(output.read_text()) == results
     return results
@@ -73,7 +73,7 @@ def tiny_runs(root, monkeypatch):
     monkeypatch.setenv("CIFAR10_ROOT", str(root))
     for module in (ablations, quick):
         monkeypatch.setattr(module, "run", partial(run, build=Tiny))
-    return Recipe(data="built-in", epochs=2, batch_size=100, sizes=(32,), teacher=None, num_workers=0)
+    return Recipe(data="sample", epochs=2, batch_size=100, sizes=(32,), teacher=None, num_workers=0)
 
 
 def test_an_ablation_writes_its_row_once(tiny_runs, tmp_path, monkeypatch, capsys):

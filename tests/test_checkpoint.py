@@ -405,10 +405,10 @@ def test_a_run_saved_again_keeps_its_metrics_unless_a_file_is_harmed(tmp_path):
 def test_a_teacher_is_one_of_the_same_data(tmp_path):
     model = NetDilated()
     save(model, METRICS, tmp_path)
-    teacher = load_teacher(tmp_path, "built-in")
+    teacher = load_teacher(tmp_path, "sample")
     assert equal(state(teacher), state(model)) and not teacher.training
     with pytest.raises(ValueError, match=f"^teacher is {str(tmp_path)!r}: choose None, or the folder of one trained on "
-                                         "CIFAR-10, not on built-in$"):
+                                         "CIFAR-10, not on sample$"):
         load_teacher(tmp_path, "CIFAR-10")
 
 

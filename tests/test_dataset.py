@@ -4,6 +4,7 @@ import http.server
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,7 +39,7 @@ HERE = Path(__file__).parent.parent
 
 @pytest.fixture
 def train_set(root):
-    return load_dataset("train", "built-in", root=root)
+    return load_dataset("train", "sample", root=root)
 
 
 def epoch(loader):
@@ -119,7 +120,7 @@ def test_images_that_are_normalised_already_are_refused(shape):
 # ---------------------------------------------------------------- splits and loaders
 
 def test_the_validation_split_is_the_end_of_the_training_images_and_not_augmented(root):
-    whole, train, validation = (load_dataset(split, "built-in", size, root=root)
+    whole, train, validation = (load_dataset(split, "sample", size, root=root)
                                 for split, size in (("train", 0), ("train", 300), ("validation", 300)))
     assert (len(whole), len(train), len(validation)) == (2000, 1700, 300)
     assert (validation[0][0] == whole.data[1700]).all() and validation[299][1] == whole.targets[1999]
@@ -127,29 +128,39 @@ def test_the_validation_split_is_the_end_of_the_training_images_and_not_augmente
     assert len({train[0][0].tobytes() for _ in range(20)}) > 1
 
 
-def test_built_in_data_have_ten_classes_and_say_that_they_are_not_cifar10(train_set, root):
-    test_set = load_dataset("test", "built-in", root=root)
-    assert "NOT CIFAR-10" in title_of(test_set) and title_of(Subset(test_set, [0])) == title_of(test_set)
+def test_the_sample_has_ten_classes_and_says_what_it_is(train_set, root):
+    test_set = load_dataset("test", "sample", root=root)
+    assert title_of(train_set) == "a sample of CIFAR-10, 2,000 images"
+    assert title_of(Subset(test_set, [0])) == title_of(test_set) == "a sample of CIFAR-10, 1,000 images"
     assert not {image.tobytes() for image in train_set.data} & {image.tobytes() for image in test_set.data}
     assert sorted(set(test_set.targets)) == list(range(10)) and len(test_set.classes) == 10
 
 
-def test_the_folder_comes_from_the_environment(root, monkeypatch):
-    monkeypatch.setenv("CIFAR10_ROOT", str(root))
-    assert Path(load_dataset("test", "built-in").root) == root
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), Path.unlink],
+                         ids=["altered", "missing"])
+def test_a_damaged_sample_is_named(damage, root, tmp_path):
+    shutil.copytree(root, tmp_path / "sample")
+    damage(tmp_path / "sample" / "test.webp")
+    with pytest.raises(RuntimeError, match="test.webp is missing or damaged: take it from the repository again$"):
+        load_dataset("test", "sample", root=tmp_path / "sample")
+
+
+def test_the_folder_comes_from_the_environment(cifar10_files, monkeypatch):
+    monkeypatch.setenv("CIFAR10_ROOT", str(cifar10_files.parent))
+    assert Path(load_dataset("test").root) == cifar10_files.parent
     monkeypatch.delenv("CIFAR10_ROOT")
     assert data_folder() == Path("data")
 
 
 @pytest.mark.parametrize("arguments, message", [
     ({"split": "training"}, "split is 'training': choose train, validation or test"),
-    ({"data": "MNIST"}, "data is 'MNIST': choose one of CIFAR-10, built-in"),
+    ({"data": "MNIST"}, "data is 'MNIST': choose one of CIFAR-10, sample"),
     ({"split": "validation"}, "validation_size is 0: choose 1 to 1999"),
     ({"validation_size": 2000}, "validation_size is 2000: choose 1 to 1999"),
 ])
 def test_impossible_splits_are_named(arguments, message, root):
     with pytest.raises(ValueError, match=message):
-        load_dataset(**{"data": "built-in", "root": root, **arguments})
+        load_dataset(**{"data": "sample", "root": root, **arguments})
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -179,7 +190,7 @@ def test_batches_are_the_same_at_any_number_of_workers(train_set):
 
 def test_the_seeds_decide_order_and_augmentation(root):
     def first(loader_seed, data_seed):
-        loader = make_loader(load_dataset("train", "built-in", seed=data_seed, root=root), 64, True, 0, loader_seed)
+        loader = make_loader(load_dataset("train", "sample", seed=data_seed, root=root), 64, True, 0, loader_seed)
         return next(iter(loader))
 
     images, labels = first(0, 0)
@@ -191,7 +202,7 @@ def test_the_seeds_decide_order_and_augmentation(root):
 
 def test_no_epoch_batch_or_worker_repeats_a_stream_of_augmentations(root):
     """One image, over and over: any two that come out alike would be a repeated draw."""
-    train_set = load_dataset("train", "built-in", transform=train_transform(p=1), root=root)
+    train_set = load_dataset("train", "sample", transform=train_transform(p=1), root=root)
     train_set.data[:] = train_set.data[0]
     loader = make_loader(Subset(train_set, range(800)), 100, True, min(2, CORES))
     batches = [images for _ in range(2) for images, _ in loader]

@@ -26,7 +26,7 @@ from recipe import (
 
 IMPOSSIBLE = {  # what is allowed, and values that are not
     "network": ("one of NetDilated, PublishedDilated, PublishedDepthwise", ["ResNet", ()]),
-    "data": ("one of CIFAR-10, built-in", ["MNIST", None]),
+    "data": ("one of CIFAR-10, sample", ["MNIST", None]),
     "validation_size": ("a whole number, 0 or more", [-1, 0.1]),
     "epochs": ("a whole number, 1 or more", [0, True]),
     "batch_size": ("a whole number, 1 or more", [0, "256"]),

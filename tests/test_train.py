@@ -1,5 +1,6 @@
 """The whole experiment, `train.run`, and the command line."""
 import os
+import re
 import runpy
 import signal
 import sys
@@ -19,9 +20,10 @@ from tiny import SHORT, Tiny, equal, state
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_the_built_in_data(root, monkeypatch):
+def one_thread_and_no_clock(root, monkeypatch):
     monkeypatch.setenv("CIFAR10_ROOT", str(root))
     monkeypatch.setattr(train, "build_network", lambda name: Tiny())
+    monkeypatch.setattr(train, "announce", lambda recipe: "a while")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -35,7 +37,40 @@ def exit_of(*arguments):
     return end.value.code
 
 
-TINY = ("--data", "built-in", "--teacher", "None", "--batch-size", "100", "--num-workers", "0", "--epochs", "1")
+TINY = ("--data", "sample", "--teacher", "None", "--batch-size", "100", "--num-workers", "0", "--epochs", "1")
+
+
+# ---------------------------------------------------------------- the clock
+
+def test_the_clock_times_two_steps_at_each_size_and_leaves_the_random_generators_alone(monkeypatch):
+    """A step takes a second and a second more at each size: 3 epochs of 10 steps at 8 pixels, and 1 of 16."""
+    now, steps = [0.0], []
+
+    def slow(model, batches, recipe, epoch, optimizer, teacher):
+        steps.append(recipe.image_size(epoch))
+        now[0] += len(batches) * recipe.image_size(epoch)
+        torch.rand(1)
+
+    monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(utils, "train", slow)
+    before = torch.get_rng_state()
+    recipe = Recipe(epochs=4, sizes=(8, 8, 8, 16), batch_size=100)
+    assert train.estimate(recipe, 1000, torch.device("cpu")) == 3 * 10 * 8 + 1 * 10 * 16
+    assert sorted(steps) == [8, 8, 16, 16] and torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("seconds, text", [(49.6, "50 s"), (119, "2 min"), (3599, "1 h 0 min"), (11_400, "3 h 10 min")])
+def test_a_time_is_said_as_a_person_would(seconds, text):
+    assert train.duration(seconds) == text
+
+
+def test_a_long_run_is_announced_in_one_line(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "estimate", lambda recipe, images, *_: recipe.epochs * images / 100)
+    monkeypatch.setattr(train, "hardware", lambda device: "some processor")
+    line = train.announce(replace(SHORT, teacher=None))
+    assert re.fullmatch(r"about 80 s on some processor \(4 epochs\); Recipe.quick\(\) takes about 60 s and reaches "
+                        r"8\d.\d % on CIFAR-10", line)
 
 
 # ---------------------------------------------------------------- the whole experiment
@@ -44,19 +79,19 @@ def test_a_held_out_run_is_measured_on_the_validation_images_and_saved(tmp_path)
     recipe = replace(SHORT, epochs=2, validation_size=1700, teacher=None, folder=str(tmp_path))
     model, metrics = train.run(recipe, build=Tiny)
     assert [column for column in metrics["history"] if "test" in column] == []
-    validation = make_loader(load_dataset("validation", "built-in", 1700), 500)
+    validation = make_loader(load_dataset("validation", "sample", 1700), 500)
     logits, labels = utils.predict(model, validation)
     tta = utils.loss_and_accuracy(*utils.predict(model, validation, tta=True))[1]
     assert (metrics["validation_loss"], metrics["validation_accuracy"], metrics["validation_accuracy_tta"]) == \
         pytest.approx((*utils.test(model, validation), tta), rel=1e-5)
     assert metrics["temperature"] == pytest.approx(utils.fit_temperature(logits, labels), rel=1e-5)
-    assert metrics["recipe"] == recipe.to_json() and "NOT CIFAR-10" in metrics["data"]
+    assert metrics["recipe"] == recipe.to_json() and "a sample of CIFAR-10" in metrics["data"]
     assert checkpoint.load_metrics("Tiny", tmp_path) == metrics
     assert equal(torch.load(tmp_path / "Tiny.pt", weights_only=True), state(model.cpu()))
 
 
 def test_a_finished_run_is_loaded_with_its_metrics(tmp_path, monkeypatch):
-    recipe = Recipe.quick(data="built-in", epochs=1, batch_size=200, num_workers=0, folder=tmp_path)
+    recipe = Recipe.quick(data="sample", epochs=1, batch_size=200, num_workers=0, folder=tmp_path)
     model, metrics = train.run(recipe)
     assert metrics["test_accuracy"] == metrics["history"]["test_accuracy"][-1] and "temperature" not in metrics
     monkeypatch.setattr(utils, "train", lambda *arguments: pytest.fail("it trains again"))
@@ -70,7 +105,7 @@ def test_a_run_learns_from_the_teacher_in_the_folder_that_its_recipe_names(tmp_p
     with pytest.raises(FileNotFoundError, match="teacher.NetDilated.pt is not there: train NetDilated first"):
         train.run(recipe)
     teacher, history = NetDilated(), {"test_accuracy": [10.0], "seconds": [1.0]}
-    checkpoint.save(teacher, utils.run_metrics(teacher, SHORT, history, "built-in"), recipe.teacher)
+    checkpoint.save(teacher, utils.run_metrics(teacher, SHORT, history, "sample"), recipe.teacher)
     monkeypatch.setattr(train, "fit", lambda *arguments: given.append(arguments[-1]) or history)
     train.run(recipe)
     assert equal(state(given[0]), state(teacher)) and not given[0].training
@@ -91,18 +126,19 @@ def test_the_help_names_every_setting_with_its_meaning_and_default(capsys, monke
 def test_the_command_trains_the_recipe_that_its_arguments_name(tmp_path, capsys, monkeypatch):
     train.main(["--quick", *TINY, "--sizes", "8,16", "--max-lr", "0.2", "--folder", str(tmp_path)])
     metrics = checkpoint.load_metrics("Tiny", tmp_path)
-    expected = Recipe.quick(data="built-in", batch_size=100, epochs=1, sizes=(8, 16), max_lr=0.2)
+    expected = Recipe.quick(data="sample", batch_size=100, epochs=1, sizes=(8, 16), max_lr=0.2)
     assert metrics["recipe"] == expected.to_json()
-    assert capsys.readouterr().out.endswith(f"NOT CIFAR-10: test accuracy {metrics['test_accuracy']:.2f} %\n")
+    result = f"a sample of CIFAR-10, 1,000 images: test accuracy {metrics['test_accuracy']:.2f} %\n"
+    assert capsys.readouterr().out.endswith(result)
     ran = []
     monkeypatch.setattr(train, "run", lambda recipe: ran.append(recipe) or (None, {
         "data": "some images", "validation_accuracy": 12.5, "recipe": {"validation_size": 10}}))
     train.main([])
-    assert ran == [Recipe()] and capsys.readouterr().out == "some images: validation accuracy 12.50 %\n"
+    assert ran == [Recipe()] and capsys.readouterr().out == "a while\nsome images: validation accuracy 12.50 %\n"
 
 
 @pytest.mark.parametrize("text, value", [("3", 3), ("5e-4", 5e-4), ("None", None), ("True", True),
-                                         ("16,24,32", (16, 24, 32)), ("CIFAR-10", "CIFAR-10"), ("built-in", "built-in"),
+                                         ("16,24,32", (16, 24, 32)), ("CIFAR-10", "CIFAR-10"), ("sample", "sample"),
                                          ("weights/seed-1", "weights/seed-1"), ("", "")])
 def test_an_argument_is_a_number_none_a_list_or_the_text_itself(text, value):
     assert train.parse(text) == value and type(train.parse(text)) is type(value)

@@ -1,4 +1,4 @@
-"""A small network, and short runs of it on built-in data, that the tests share."""
+"""A small network, and short runs of it on the sample, that the tests share."""
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from dataset import load_dataset, make_loader
 from model import conv
 from recipe import Recipe, seed_everything
 
-SHORT = Recipe(data="built-in", epochs=4, batch_size=20, max_lr=0.1, sizes=(16, 32), num_workers=0)
+SHORT = Recipe(data="sample", epochs=4, batch_size=20, max_lr=0.1, sizes=(16, 32), num_workers=0)
 STEPS = 15  # an epoch
 
 
@@ -33,9 +33,9 @@ class Run:
     def __init__(self, root: Path, folder: Path, workers: int = 0, teacher: bool = True, transform=None, **changes):
         self.recipe = replace(SHORT, folder=str(folder), **changes)
         self.path = Path(folder, "Tiny.ckpt")
-        train_set = load_dataset("train", "built-in", 1700, transform, self.recipe.seed, root)
+        train_set = load_dataset("train", "sample", 1700, transform, self.recipe.seed, root)
         self.loaders = (make_loader(train_set, self.recipe.batch_size, True, workers, self.recipe.seed),
-                        make_loader(load_dataset("test", "built-in", root=root), 500))
+                        make_loader(load_dataset("test", "sample", root=root), 1000))
         seed_everything(1)
         self.teacher = Tiny().eval() if teacher else None
         seed_everything(self.recipe.seed)
