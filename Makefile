@@ -21,7 +21,7 @@ train: .venv/installed  ## execute the notebook for real: refreshes its outputs,
 	$(EXECUTE) --inplace S9.ipynb
 
 quick: .venv/installed  ## 85 % in a few minutes
-	$(RUN) train.py --quick --folder checkpoints/quick-0
+	$(RUN) train.py --quick
 
 bench: .venv/installed  ## measure both sides of every comparison of speed, on CIFAR-10: benchmarks/bench.json
 	$(RUN) -m benchmarks.bench

@@ -46,7 +46,7 @@ def train_transform(p: float = 0.5) -> A.Compose:
             A.ShiftScaleRotate(shift_limit=0.1, scale_limit=0.1, rotate_limit=15, border_mode=4, p=p),
             A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(16, 16), hole_width_range=(16, 16),
                             fill=FILL, p=p),
-            A.Resize(32, 32),
+            A.Resize(32, 32),  # the assignment asks for it; images of 32x32 stay as they are
         ])
 
 
@@ -72,12 +72,6 @@ def normalise(images: np.ndarray | torch.Tensor) -> torch.Tensor:
     mean, std = (255 * torch.tensor(values, device=images.device).repeat(images.shape[2]) for values in (MEAN, STD))
     rows = images.flatten(2).to(torch.float32, copy=True)  # by whole rows of pixels, three times as fast
     return rows.sub_(mean).div_(std).view(images.shape).permute(0, 3, 1, 2)
-
-
-def unnormalise(images: torch.Tensor) -> np.ndarray:
-    """Return normalised (N, 3, H, W) images as uint8 (N, H, W, 3): the inverse of `normalise`."""
-    mean, std = (255 * torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
-    return (images * std + mean).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 class CIFAR10(torchvision.datasets.CIFAR10):
@@ -121,8 +115,8 @@ class CIFAR10(torchvision.datasets.CIFAR10):
     def __getitems__(self, indices):
         """Return the items of one batch; DataLoader calls this.
 
-        The batch's own indices seed its augmentations: every worker would make the same batch of them, and no two
-        batches, workers or epochs (which are shuffled differently) share a stream of random numbers.
+        The indices of the batch seed its augmentations. So they don't depend on the number of workers, and no two
+        batches or epochs, which are shuffled differently, share a stream of random numbers.
         """
         if isinstance(self.transform, A.Compose):
             seed = np.random.SeedSequence([self.seed, *indices])

@@ -4,14 +4,14 @@ from pathlib import Path
 from checkpoint import load
 from model import NetDilated
 
-dependencies = ["torch", "numpy"]
+dependencies = ["torch", "numpy", "tqdm"]
 
 
 def net_dilated(pretrained: bool = False) -> NetDilated:
     """Return NetDilated, from (N, 3, 32, 32) images to (N, 10) logits of `dataset.CLASSES`.
 
     The images are those of `dataset.normalise`. With `pretrained` it has the weights of the committed run, in
-    evaluation mode; weights/NetDilated.json tells their accuracy.
+    evaluation mode; weights/NetDilated.json has their accuracy.
 
     Raises:
         ValueError: the file of the weights is not the one that was committed.

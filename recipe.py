@@ -106,7 +106,7 @@ class Recipe:
     def quick(cls, **changes: object) -> "Recipe":
         """Return the recipe that passes 85 % in three epochs, with some settings changed."""
         return cls(**{"epochs": 3, "batch_size": 128, "augmentation": 0.1, "sizes": (16, 24, 32), "teacher": None,
-                      **changes})
+                      "folder": "weights/quick", **changes})
 
     def image_size(self, epoch: int) -> int:
         """Return the size in pixels of the training images in an epoch, counted from 0.
@@ -174,10 +174,11 @@ def make_ema(model: nn.Module, recipe: Recipe, steps_per_epoch: int) -> Averaged
 class Muon(torch.optim.SGD):
     """SGD whose updates of the parameters in "orthogonal" groups are orthogonal matrices.
 
-    Such a parameter is the weight of a convolution that mixes channels and is followed by batch norm, which makes its
-    scale meaningless: its norm is kept at the root of its outputs. Each update is its Nesterov momentum, made
-    orthogonal, times `ratio` of the learning rate, so that directions of small gradients change as fast as the others.
-    Jordan et al., https://kellerjordan.github.io/posts/muon/ (`torch.optim.Muon` takes no convolutions).
+    Such a parameter is the weight of a convolution that mixes channels and is followed by batch norm. So its scale does
+    not matter: before each update its Frobenius norm is set to the square root of its output channels. The update is
+    the Nesterov momentum, made orthogonal, times `ratio` of the learning rate. So directions of small gradients change
+    as fast as the others. Jordan et al., https://kellerjordan.github.io/posts/muon/ (`torch.optim.Muon` takes no
+    convolutions).
     """
 
     ratio = 0.1

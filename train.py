@@ -61,16 +61,17 @@ def fit(model: nn.Module, recipe: Recipe, train_loader: DataLoader, test_loader:
     ema = make_ema(model, recipe, len(train_loader))
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "ema": ema}
     print(f"{recipe.epochs} epochs on {hardware(device)}, data: {title_of(train_loader.dataset)}")
-    with Checkpoint(Path(recipe.folder, f"{type(model).__name__}.ckpt"), recipe, train_loader, teacher, parts) as run:
-        for epoch in run.remaining_epochs():
+    path = Path(recipe.folder, f"{type(model).__name__}.ckpt")
+    with Checkpoint(path, recipe, train_loader, teacher, parts) as checkpoint:
+        for epoch in checkpoint.remaining_epochs():
             start = time.perf_counter()
-            train_metrics = utils.train(model, run.batches(epoch), recipe, epoch, optimizer, scheduler, scaler, ema,
-                                        teacher)
+            train_metrics = utils.train(model, checkpoint.batches(epoch), recipe, epoch, optimizer, scheduler,
+                                        scaler, ema, teacher)
             test_metrics = utils.test(utils.averaged(model, ema), test_loader)
-            run.log(*train_metrics, *test_metrics, time.perf_counter() - start)
-            run.save()
+            checkpoint.log(*train_metrics, *test_metrics, time.perf_counter() - start)
+            checkpoint.save()
     model.load_state_dict(utils.averaged(model, ema).state_dict())
-    return run.history
+    return checkpoint.history
 
 
 def estimate(recipe: Recipe, images: int, device: torch.device, teacher: nn.Module | None = None) -> float:

@@ -56,8 +56,10 @@ def train(model: nn.Module, loader: Iterable, recipe: Recipe, epoch: int, optimi
 
     Args:
         loader: batches of uint8 (N, 32, 32, 3) images and (N,) labels, as of `make_loader`.
+        recipe: the size of the images in this epoch, and the distillation.
         scheduler: stepped after each batch.
-        ema: updated after each batch of the second half of the run.
+        scaler: of the gradients of fp16, see `make_scaler`.
+        ema: updated after each batch of the second half of the run; it needs the scheduler.
         teacher: a trained network in evaluation mode. It sees the images at full size.
 
     Raises:
@@ -65,21 +67,12 @@ def train(model: nn.Module, loader: Iterable, recipe: Recipe, epoch: int, optimi
     """
     device = next(model.parameters()).device
     scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
-    size = recipe.image_size(epoch)
     model.train()
-    losses, hits, counts = [], [], []
+    losses, correct, counts = [], [], []
     for images, labels in loader:
+        images, labels = (part.to(device, non_blocking=True) for part in (images, labels))
         try:
-            images, labels = (batch.to(device, non_blocking=True) for batch in (images, labels))
-            images = normalise(images)
-            with autocast(device):
-                logits = model(resize(images, size))
-            loss = objective = F.cross_entropy(logits.float(), labels)
-            if teacher:
-                with torch.no_grad(), autocast(device):
-                    teacher_logits = teacher(images).float()
-                distillation = distillation_loss(logits.float(), teacher_logits, recipe.distillation_temperature)
-                objective = (1 - recipe.distillation_weight) * loss + recipe.distillation_weight * distillation
+            loss, objective, logits = _forward(model, normalise(images), labels, recipe, epoch, teacher)
             optimizer.zero_grad()
             scaler.scale(objective).backward()
         except torch.OutOfMemoryError as error:
@@ -88,17 +81,31 @@ def train(model: nn.Module, loader: Iterable, recipe: Recipe, epoch: int, optimi
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
-        stepped = scaler.get_scale() >= scale  # it skips a step whose gradients overflow
-        if scheduler and stepped:
+        if scheduler and scaler.get_scale() >= scale:  # the scaler skips a step whose gradients overflow
             scheduler.step()
-        if ema and stepped and scheduler.last_epoch > scheduler.total_steps / 2:
-            ema.update_parameters(model)
+            if ema and scheduler.last_epoch > scheduler.total_steps / 2:
+                ema.update_parameters(model)
         losses.append(loss.detach())
-        hits.append((logits.argmax(1) == labels).sum())
+        correct.append((logits.argmax(1) == labels).sum())
         counts.append(len(labels))
     counts = torch.tensor(counts)
-    losses, hits = (torch.stack(values).cpu().double() for values in (losses, hits))
-    return ((losses * counts).sum() / counts.sum()).item(), (100 * hits.sum() / counts.sum()).item()
+    losses, correct = (torch.stack(values).cpu().double() for values in (losses, correct))
+    return ((losses * counts).sum() / counts.sum()).item(), (100 * correct.sum() / counts.sum()).item()
+
+
+def _forward(model, images, labels, recipe, epoch, teacher):
+    """Return the cross entropy, the objective (with a teacher, a mix with the distillation loss) and the logits."""
+    device = images.device
+    with autocast(device):
+        logits = model(resize(images, recipe.image_size(epoch)))
+    loss = F.cross_entropy(logits.float(), labels)
+    if teacher is None:
+        return loss, loss, logits
+    with torch.no_grad(), autocast(device):
+        teacher_logits = teacher(images).float()
+    distillation = distillation_loss(logits.float(), teacher_logits, recipe.distillation_temperature)
+    weight = recipe.distillation_weight
+    return loss, (1 - weight) * loss + weight * distillation, logits
 
 
 def averaged(model: nn.Module, ema: AveragedModel | None) -> nn.Module:
