@@ -121,7 +121,9 @@ class Checkpoint:
                                      f"{self.split} loss {row[2]}: try a max_lr below {self.recipe.max_lr}")
         for column, value in zip(self.history.values(), row, strict=True):
             column.append(value)
+        self.bar.clear()
         print(ROW.format(self.epochs_done(), *row), flush=True)
+        self.bar.refresh()
 
     def save(self) -> None:
         """Write the state. If the disk is full, say so and go on; the checkpoint before stays."""
