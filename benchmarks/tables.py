@@ -111,7 +111,7 @@ def input_pipeline() -> str:
         for name, row in bench()["input pipeline"].items()])
 
 
-def speed_facts() -> str:
+def other_measurements() -> str:
     """The other measurements."""
     measured, rate = bench(), bench()["rate of arithmetic, GFLOP/s"]
     evaluation = measured["evaluation, seconds"]
@@ -148,7 +148,7 @@ def all_ablations() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function for function in (headline, results, seeds, constraints, training_step, time_to_85,
-                                                 input_pipeline, speed_facts, quick, all_ablations)}
+                                                 input_pipeline, other_measurements, quick, all_ablations)}
 
 
 # ---------------------------------------------------------------- charts
