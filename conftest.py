@@ -1,6 +1,7 @@
 """The smoke setting: under pytest the notebook runs on the sample, in a folder that is removed afterwards."""
 import json
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -18,7 +19,8 @@ os.environ["TQDM_DISABLE"] = "1"
 
 
 def pytest_sessionstart():
-    """Put a teacher there; it needs no training to be listened to."""
+    """Save an untrained teacher, and let SIGINT interrupt even where the shell ignores it, as in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     save(NetDilated(), {"network": "NetDilated", "recipe": SMOKE.to_json(), "history": {}}, Path(SMOKE.teacher))
 
 
