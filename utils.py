@@ -23,7 +23,7 @@ from checkpoint import write_file
 from dataset import base_of, load_dataset, make_loader, normalise, require
 from device import autocast, hardware, versions
 from recipe import Recipe, make_scheduler, positive
-from rules import (
+from tracing import (
     convolution_units,
     count_macs,
     count_parameters,

@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 from checkpoint import load_metrics
 from dataset import train_transform
 from model import NetDilated
-from rules import check_rules, markdown_table
+from rules import check_rules
+from tracing import markdown_table
 from utils import BLUE, COLOURS, ORANGE, PUBLISHED, finish_figure
 
 HERE = Path(__file__).resolve().parent

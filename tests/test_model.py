@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import NETWORKS, Depthwise, build_network, conv
-from rules import convolution_units, count_macs, count_parameters, receptive_field, trace
+from tracing import convolution_units, count_macs, count_parameters, receptive_field, trace
 
 
 @pytest.mark.parametrize("name, parameters, macs", [

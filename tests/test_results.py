@@ -21,7 +21,7 @@ from dataset import MEAN, STD, data_folder, load_dataset, make_loader
 from device import pick_device
 from model import NETWORKS, build_network
 from recipe import Recipe
-from rules import count_macs, count_parameters, receptive_field
+from tracing import count_macs, count_parameters, receptive_field
 
 HERE = Path(__file__).parent.parent
 WEIGHTS = HERE / "weights"
