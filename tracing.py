@@ -80,10 +80,11 @@ def receptive_field(model: nn.Module) -> int | float:
 
 def field_before(operations: list[Operation]) -> float:
     """Return the receptive field, in pixels, at the end of the map: before the global pooling or what stands for it."""
-    last = max((place for place, each in enumerate(operations) if each.kind in ("convolution", "pooling", "attention")
-                and each.size[1] > 1), default=-1)
-    ends = [each for each in operations[last + 1:]
-            if each.kind in ("global average pooling", "global pooling", "pooling", "fully connected", "convolution")]
+    last = max((place for place, each in enumerate(operations) if each.kind in ("convolution", "pooling", "attention")),
+               default=-1)
+    if last >= 0 and operations[last].kind == "pooling" and operations[last].size[1] == 1:
+        return operations[last].receptive_field  # what pools only a part, but leaves one position
+    ends = [each for each in operations[last + 1:] if each.kind == "fully connected" or "global" in each.kind]
     return ends[0].receptive_field if ends else operations[last].receptive_field if last >= 0 else 1
 
 
@@ -256,14 +257,16 @@ class _Tracer(TorchDispatchMode):
         if name == "copy_":
             return self._copy(call)
         if name in MATRIX or name in ("convolution", "_convolution") or "scaled_dot_product" in name:
+            if "conv" in name and call.args[1].ndim == 4 and max(call.args[1].shape[2:]) > 1:
+                self._unpool(call)
             if all(path.pooled for path in call.paths):
                 return [self._fully_connected(call)]
             if "conv" in name:
                 return [self._convolution(call)]
             return [self._matrix(call) if name in MATRIX else self._attention(call, call.paths[0])]
         if all(path.pooled for path in call.paths):
-            return [self._merged(call, output.shape, uniform=True) for output in call.outputs]
-        if name in LAYOUT or (name == "constant_pad_nd" and not any(call.args[1][:4])):
+            return [self._pooled(call, output.shape) for output in call.outputs]
+        if name in LAYOUT or (name == "constant_pad_nd" and not (any(call.args[1][:4]) and _is_map(call.paths[0]))):
             return self._layout(call)
         if "pool" in name:
             return [self._pooling(call)]
@@ -280,7 +283,7 @@ class _Tracer(TorchDispatchMode):
         if len(self.operations) == self.end:
             raise _End
         field = (before if path.pooled else path).field()
-        channels = channels or (call.shape[min(1, len(call.shape) - 1)], call.outputs[0].shape[-1])
+        channels = channels or tuple(each[min(1, len(each) - 1)] for each in (call.shape, call.outputs[0].shape))
         self.operations.append(Operation(kind, call.name, self.stack[-1], channels, tuple(size), kernel, stride,
                                          dilation, groups, before.jump, field, frozenset(before.sources)))
         return replace(path, sources={len(self.operations) - 1})
@@ -319,6 +322,27 @@ class _Tracer(TorchDispatchMode):
                 self.operations[place] = operation._replace(kind="squeeze-excite")
                 pools = (operation.kind != "fully connected" or self._weigh(operation.sources)) and pools
         return pools
+
+    def _unpool(self, call):
+        """A window moves over what had seemed to be pooled at the end: make it a map again, and what led to it."""
+        places = [place for path in call.paths if path.pooled for place in path.sources]
+        while places:
+            place = places.pop()
+            operation = self.operations[place]
+            if operation.kind == "fully connected":
+                places += operation.sources
+            kind = "convolution" if operation.kind == "fully connected" else "pooling"
+            self.operations[place] = operation._replace(kind=kind)
+        for path in call.paths:
+            path.pooled = False
+
+    def _pooled(self, call, shape):
+        """Return the path of what has no positions. If its last map had only one, it may be pooled yet."""
+        path = self._merged(call, shape, uniform=True)
+        connected = any(self.operations[place].kind == "fully connected" for place in path.sources)
+        if connected and len(call.shape) == 4 and ("pool" in call.name or call.name in ("mean", "amax")):
+            return self._record(call, _global_kind(call.name), path, path, (1, 1))
+        return path
 
     def _elementwise(self, call):
         shape = call.outputs[0].shape
@@ -496,6 +520,12 @@ def _nothing(shape):
 def _global_kind(name):
     average = "avg" in name or name in ("mean", "sum")
     return "global average pooling" if average else "global pooling"
+
+
+def _is_map(path):
+    """Say whether a tensor is (N, C, H, W), and not (N, H, W, C) or tokens."""
+    left = path.reach[2]
+    return left.ndim == 4 and bool((left == left[:, :, :1]).all())
 
 
 def _jump(path):

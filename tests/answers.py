@@ -396,6 +396,14 @@ def max_pooled_blocks():
     return S(MaxPooledBlock(3, 12), MaxPooledBlock(12, 16), MaxPooledBlock(16, 24), MaxPooledBlock(24, 32), head(32))
 
 
+@answer(four="6", three="1 1 1 1 1 1: C1", stride="1 | 1 | 1 | 1 | 1 | 1: C1", field=holds("158"), pair="0",
+        dilated="0", pool="14: 2x2 max pooling", gap=holds("of 1x1"))
+def pooled_to_one_position():
+    """Five poolings leave one position, over which a window moves yet: 1 + 2 * 63 + 31 = 158."""
+    layers = [(C(a, b, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2)) for a, b in ((3, 8), (8, 8), (8, 8), (8, 8), (8, 8))]
+    return S(*(layer for three in layers for layer in three), C(8, 8, 3, 1, 1), head(8))
+
+
 class BasicBlock(nn.Module):
     def __init__(self, a, b, stride, option="B"):
         super().__init__()
