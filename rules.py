@@ -25,22 +25,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataset import FILL
-from tracing import (  # noqa: F401, for the notebook also finds its figures here
-    Operation,
+from dataset import CLASSES, FILL
+from layout import (  # noqa: F401, the notebook finds layers_table and the counts here
+    Layout,
     convolution_units,
-    count_macs,
-    count_parameters,
-    describe,
-    field_before,
+    find_blocks,
+    is_dilated,
+    is_strided,
     layers_table,
-    markdown_table,
-    run_traced,
+    name_of,
+    place_of,
+    stride_of,
 )
+from tracing import Operation, count_macs, count_parameters, field_before, markdown_table, run_traced  # noqa: F401
 
-PARAMETER_LIMIT, RECEPTIVE_FIELD_LIMIT, CLASS_COUNT = 200_000, 44, 10  # the assignment's "fewer than" and "above"
+PARAMETER_LIMIT, RECEPTIVE_FIELD_LIMIT = 200_000, 44  # the assignment's "fewer than" and "above"
 HOLDS, BROKEN, UNDECIDED = "holds", "BROKEN", "undecided"
-Unit = tuple[Operation, ...]  # a convolution, or a depthwise one with its pointwise one
 
 
 class Row(NamedTuple):
@@ -70,7 +70,7 @@ def check_rules(model: nn.Module, transform: A.BasicTransform | A.BaseCompose | 
     layout = find_blocks(operations)
     return [
         check_four_blocks(layout), check_three_convolutions(layout), check_strides(layout), check_pooling(operations),
-        check_receptive_field(operations), check_separable(layout), check_dilated(layout),
+        check_receptive_field(operations), check_separable(operations), check_dilated(operations),
         check_global_pooling(operations), check_fully_connected(operations), check_parameters(model),
         *(check_transform(transform) if transform is not None else []),
     ]
@@ -87,123 +87,12 @@ def _trace_any(model):
         raise ValueError(f"{name} does not run on (2, 3, 32, 32) images ({reason}): it has to take (N, 3, 32, 32) and "
                          "return (N, 10)") from error
     shape = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
-    if shape != (2, CLASS_COUNT):
+    if shape != (2, len(CLASSES)):
         raise ValueError(f"{name} turns (2, 3, 32, 32) images into {shape}: it has to return (N, 10)")
     return operations
 
 
 # ---------------------------------------------------------------- blocks
-
-class Layout(NamedTuple):
-    """The convolutions of a network in blocks. A depthwise-separable convolution counts as one."""
-
-    blocks: list[list[Unit]]
-    bonus: bool = False  # the blocks are told by dilations, not by strides
-    note: str = ""
-    doubt: str = ""  # what makes the blocks uncertain
-
-    def units(self) -> list[Unit]:
-        """Return all convolutions in order."""
-        return [unit for block in self.blocks for unit in block]
-
-    def faults(self) -> tuple[bool, bool, bool]:
-        """Say which of the three rules about blocks are broken."""
-        return (len(self.blocks) != 4, any(len(block) != 3 for block in self.blocks) or not self.blocks,
-                not self.blocks or not all(self.ends_well(block) for block in self.blocks))
-
-    def ends_well(self, block: list[Unit]) -> bool:
-        """Say whether the last convolution of a block, and no other, has stride 2; it may be dilated in the bonus."""
-        return (_stride(block[-1]) == 2 or (self.bonus and _is_dilated(block[-1]) and not _shrinks(block[-1]))) and (
-            not any(map(_shrinks, block[:-1])))
-
-
-def _stride(unit):
-    return max(operation.stride for operation in unit)
-
-
-def _shrinks(unit):
-    return _stride(unit) > 1
-
-
-def _is_dilated(unit):
-    return any(operation.dilation > 1 and operation.kernel > 1 for operation in unit)
-
-
-def find_blocks(operations: list[Operation]) -> Layout:
-    """Return the convolutions of a network in blocks.
-
-    A block is the convolutions that begin at the same resolution; in the bonus form, which has dilated convolutions
-    in the place of strides, it ends with a dilated one. The last convolution does not count if it gives the logits: it
-    is the O of C1C2C3C4O. Where a layout can be read in several ways, the one that keeps the most rules counts.
-    """
-    first = next(iter(operations), None)
-    upsampled = first and first.kind == "resize" and first.stride < 1 and not first.sources
-    note = f" on images upsampled to {first.size[1]}x{first.size[1]}" if upsampled else ""
-    readings = []
-    for early in (False, True):
-        units = convolution_units(operations, early)
-        whole = [units[:-1], units] if _is_output(units) else [units]
-        if len(whole) == 2 and units[-1][0].kernel > 1:
-            whole.reverse()
-        for some in whole:
-            jumps = sorted({round(unit[0].jump, 3) for unit in some})
-            readings.append(Layout([[unit for unit in some if round(unit[0].jump, 3) == jump] for jump in jumps],
-                                   note=note))
-            bonus = [Layout(blocks, True, note) for blocks in _cut_at_dilations(some)]
-            readings[-1:] = [*bonus, readings[-1]] if len(jumps) == 1 else [readings[-1], *bonus]
-    best = min(readings, key=lambda layout: sum(layout.faults()))
-    twelve = any(len(layout.units()) == 12 for layout in readings)  # otherwise no doubt could save it
-    return best._replace(doubt=_find_doubt(operations[bool(upsampled):]) if twelve else "")
-
-
-def _is_output(units):
-    """Say whether the last convolution gives the logits."""
-    return len(units) > 1 and units[-1][-1].channels[1] == CLASS_COUNT
-
-
-def _cut_at_dilations(units):
-    """Return the ways to tell blocks by dilations: where one is applied, where it falls, where it changes.
-
-    There are none unless more convolutions are dilated than strided.
-    """
-    dilations = [max(operation.dilation for operation in unit) for unit in units]
-    if sum(dilation > 1 for dilation in dilations) <= sum(map(_shrinks, units)):
-        return []
-    pairs = list(zip(dilations, dilations[1:], units, strict=False))
-    cuts = [[before > 1 or _shrinks(unit) for before, _, unit in pairs],
-            [before > after or _shrinks(unit) for before, after, unit in pairs],
-            [before != after or _shrinks(unit) for before, after, unit in pairs]]
-    return [_cut(units, cut) for cut in cuts]
-
-
-def _cut(units, ends):
-    """Return the convolutions in blocks, each up to one that is an end."""
-    borders = [0, *(place for place, end in enumerate(ends, 1) if end), len(units)]
-    return [units[first:last] for first, last in itertools.pairwise(borders)]
-
-
-def _find_doubt(operations):
-    """Say what else than strides and pooling changes the size of a map, or can't be followed."""
-    shrunk = {each.jump for each in operations if each.kind in ("convolution", "pooling") and each.stride > 1}
-    for each in operations:
-        if each.kind == "other":
-            return f"{each.name} in {_place(each)} can't be followed"
-        if each.kind == "resize" and (each.stride < 1 or each.jump not in shrunk):
-            before, after = each.size
-            return f"{each.name} in {_place(each)} makes {after}x{after} of {before}x{before}"
-    return ""
-
-
-def _place(operation):
-    """Return where an operation is, in the words of the network's author."""
-    return operation.where or "forward"
-
-
-def _shape(unit):
-    """Return a convolution as "conv1 3x3 16→32"."""
-    kind = describe(unit).replace(" standard", "")
-    return f"{unit[0].where} {kind} {unit[0].channels[0]}→{unit[-1].channels[1]}".strip()
-
 
 def _listed(items, most=6):
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
@@ -233,7 +122,7 @@ def check_three_convolutions(layout: Layout) -> Row:
         for number, block in enumerate(layout.blocks, 1):
             if len(block) != 3:
                 plural = "s" if len(block) > 1 else ""
-                return f"C{number} has {len(block)} convolution{plural}: {_listed([_shape(unit) for unit in block])}"
+                return f"C{number} has {len(block)} convolution{plural}: {_listed([name_of(unit) for unit in block])}"
         return "no convolution"
     return _block_row(layout, 1, "three convolutions in each", measured, reason)
 
@@ -241,17 +130,17 @@ def check_three_convolutions(layout: Layout) -> Row:
 def check_strides(layout: Layout) -> Row:
     """The last convolution of each block has stride 2 (in the bonus form: is dilated), and no other has."""
     measured = " | ".join(" ".join(
-        f"d{max(each.dilation for each in unit)}" if layout.bonus and _is_dilated(unit) and not _shrinks(unit)
-        else f"{_stride(unit):g}" for unit in block) for block in layout.blocks) or "none"
+        f"d{max(each.dilation for each in unit)}" if layout.bonus and is_dilated(unit) and not is_strided(unit)
+        else f"{stride_of(unit):g}" for unit in block) for block in layout.blocks) or "none"
     measured += " (d: dilated instead of strided, the bonus)" if layout.bonus else ""
 
     def reason():
         for number, block in enumerate(layout.blocks, 1):
-            early = [_shape(unit) for unit in block[:-1] if _shrinks(unit)]
+            early = [name_of(unit) for unit in block[:-1] if is_strided(unit)]
             if early:
                 return f"in C{number}, {early[0]} is not the last"
             if not layout.ends_well(block):
-                return f"C{number} ends with {_shape(block[-1])}"
+                return f"C{number} ends with {name_of(block[-1])}"
         return "no convolution"
     return _block_row(layout, 2, "stride 2 in the last of each, only there", measured, reason)
 
@@ -273,7 +162,7 @@ def _used(operations):
 def _pooling_name(operation):
     """Return a pooling as "pool1: 2x2 max pooling"."""
     kind = "max" if "max" in operation.name else "average" if "avg" in operation.name else operation.name
-    return f"{_place(operation)}: {operation.kernel}x{operation.kernel} {kind} pooling"
+    return f"{place_of(operation)}: {operation.kernel}x{operation.kernel} {kind} pooling"
 
 
 def check_pooling(operations: list[Operation]) -> Row:
@@ -287,25 +176,25 @@ def check_receptive_field(operations: list[Operation]) -> Row:
     """The receptive field of one position before the global pooling is large enough."""
     rule, field = f"receptive field above {RECEPTIVE_FIELD_LIMIT}", field_before(operations)
     if field == float("inf"):
-        where = next((_place(each) for each in operations if each.kind == "attention"), "forward")
+        where = next((place_of(each) for each in operations if each.kind == "attention"), "forward")
         return Row(rule, f"the whole image, by {where}", HOLDS)
     pixels = f"{field + 1e-6:.0f}" if abs(field - round(field)) < 1e-3 else f"{int(field)}"
     doubts = [each for each in operations if each.kind in ("other", "squeeze-excite")]
     if field <= RECEPTIVE_FIELD_LIMIT and doubts:
         what = f"{doubts[0].name} can't be followed" if doubts[0].kind == "other" else "squeeze-excite sees more"
-        return Row(rule, f"{pixels}, but {what} ({_place(doubts[0])})", UNDECIDED)
+        return Row(rule, f"{pixels}, but {what} ({place_of(doubts[0])})", UNDECIDED)
     return _row(rule, pixels, field > RECEPTIVE_FIELD_LIMIT)
 
 
-def check_separable(layout: Layout) -> Row:
+def check_separable(operations: list[Operation]) -> Row:
     """There is a depthwise-separable convolution: a depthwise and a pointwise one that work on one another."""
-    pairs = sum(len(unit) == 2 for unit in layout.units())
+    pairs = sum(len(unit) == 2 for unit in convolution_units(operations))
     return _row("a depthwise-separable convolution", f"{pairs}", pairs > 0)
 
 
-def check_dilated(layout: Layout) -> Row:
+def check_dilated(operations: list[Operation]) -> Row:
     """There is a dilated convolution."""
-    count = sum(map(_is_dilated, layout.units()))
+    count = sum(map(is_dilated, convolution_units(operations)))
     return _row("a dilated convolution", f"{count}", count > 0)
 
 
@@ -333,7 +222,7 @@ def check_fully_connected(operations: list[Operation]) -> Row:
     head = [each for place, each in enumerate(operations) if each.kind == "fully connected" and place not in used]
     measured = "fully connected" if len(head) == 1 else "nothing"
     if len(head) > 1:
-        measured = f"{len(head)}: " + _listed([_place(each) for each in head])
+        measured = f"{len(head)}: " + _listed([place_of(each) for each in head])
     return _row("then at most one fully connected layer", measured, len(head) <= 1)
 
 
@@ -422,7 +311,7 @@ def _text_table(lines, most=80):
     """Return lines of cells as aligned columns; a cell longer than `most` characters goes on in the next line."""
     rows = []
     for line in lines:
-        cells = [textwrap.wrap(cell, most) or [""] for cell in line]
+        cells = [textwrap.wrap(cell, most, break_long_words=False, break_on_hyphens=False) or [""] for cell in line]
         rows += itertools.zip_longest(*cells, fillvalue="")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -490,7 +379,7 @@ def _check_one(file, path):
 
 def _load_network(file):
     """Return the network of a file: its class Net, or the last nn.Module class that can be built."""
-    for name in ("dataset", "tracing"):  # the file may have modules of these names beside it
+    for name in ("dataset", "layout", "tracing"):  # the file may have modules of these names beside it
         sys.modules.pop(name, None)
     sys.path[0] = str(file.parent)
     spec = importlib.util.spec_from_file_location(f"answer_{file.stem}", file)
@@ -522,12 +411,13 @@ def _answer_lines(answers, cell):
 
 def format_answers(answers: dict[str, list[Row] | str]) -> str:
     """Return the verdicts of many files as a text table, and after it what was seen where one is not "holds"."""
-    head, *lines = _answer_lines(answers, lambda row: row.verdict)
-    notes = [(file, row.verdict, f"{row.rule}: {row.measured}") for file, rows in answers.items()
-             if isinstance(rows, list) for row in rows if row.verdict != HOLDS]
-    # names of rules are long, and columns narrow
-    table = _text_table([[*head], *lines], most=16)
-    return table + ("\n\n" + _text_table(notes) if notes else "")
+    lines = [line[:-1] for line in _answer_lines(answers, lambda row: row.verdict)]
+    lines = [[file, *(cells if any(cells) else ["error"] * len(cells))] for file, *cells in lines]
+    notes = []
+    for file, rows in answers.items():
+        notes += [(file, "error", rows)] if isinstance(rows, str) else [
+            (file, row.verdict, f"{row.rule}: {row.measured}") for row in rows if row.verdict != HOLDS]
+    return _text_table(lines, most=16) + ("\n\n" + _text_table(notes) if notes else "")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """What a network does to an image, operation by operation, whatever its modules are called.
 
-`trace` lists the operations; `receptive_field`, `count_macs` and `count_parameters` are single figures, `layers_table`
-is a table of the convolutions.
+`trace` lists the operations; `receptive_field`, `count_macs` and `count_parameters` are single figures.
 """
 import contextlib
 import math
@@ -561,58 +560,7 @@ def _window(before, shape, kernel, steps, padding, gaps):
     return replace(before, reach=reach, jump=min(jumps), sources=set(before.sources))
 
 
-# ---------------------------------------------------------------- the convolutions
-
-def convolution_units(operations: list[Operation], early: bool = False) -> list[tuple[Operation, ...]]:
-    """Return the convolutions, each as a tuple of operations.
-
-    A depthwise convolution and the pointwise one before or after it are one unit. Between two pointwise ones it belongs
-    to the later one, or to the earlier one if `early`.
-    """
-    chains = {}  # place of its last operation -> a chain of depthwise and pointwise ones in turn
-    for place, operation in enumerate(operations):
-        if operation.kind == "convolution":
-            source = _only(operation.sources)
-            if source is not None and operations[source].kind == "resize" and operations[source].stride > 1:
-                source = _only(operations[source].sources)  # every other position of the one before
-            roles = {_role(operation), _role(operations[source])} if source in chains else set()
-            chain = chains.pop(source) if roles == {"depthwise", "pointwise"} else []
-            chains[place] = [*chain, place]
-    units = []
-    for chain in chains.values():
-        single = len(chain) % 2 and _role(operations[chain[0]]) == "pointwise" and not early
-        parts = [chain[:1]] * single + [chain[first:first + 2] for first in range(single, len(chain), 2)]
-        units += [part for part in parts if part]
-    return [tuple(operations[place] for place in unit) for unit in sorted(units)]
-
-
-def _only(places):
-    return next(iter(places)) if len(places) == 1 else None
-
-
-def _role(operation):
-    if operation.groups > 1 and operation.groups == operation.channels[0]:
-        return "depthwise"
-    return "pointwise" if (operation.kernel, operation.groups) == (1, 1) else "standard"
-
-
-def describe(unit: tuple[Operation, ...]) -> str:
-    """Return what a convolution is, as "pointwise + 3x3 depthwise, stride 2"."""
-    kernels = " + ".join("pointwise" if _role(each) == "pointwise" else f"{each.kernel}x{each.kernel} {_role(each)}"
-                         for each in unit)
-    return kernels + "".join(f", {name} {max(values):g}" for name, values in (
-        ("dilation", [each.dilation for each in unit]), ("stride", [each.stride for each in unit])) if max(values) > 1)
-
-
-def layers_table(model: nn.Module) -> str:
-    """Return the convolutions of a network as a Markdown table: output shape, receptive field and jump, in pixels."""
-    rows = []
-    for number, unit in enumerate(convolution_units(trace(model)), 1):
-        last = unit[-1]
-        rows.append((str(number), describe(unit), f"{last.channels[1]} x {last.size[1]} x {last.size[1]}",
-                     f"{last.receptive_field:g}", f"{last.jump * last.stride:g}"))
-    return markdown_table(("", "convolution", "output", "receptive field:", "jump:"), rows)
-
+# ---------------------------------------------------------------- tables
 
 def markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """Return a Markdown table. Columns whose heads end in a colon are aligned to the right."""

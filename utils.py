@@ -22,9 +22,9 @@ from torchmetrics.functional.classification import (
 from checkpoint import write_file
 from dataset import base_of, load_dataset, make_loader, normalise, require
 from device import autocast, hardware, versions
+from layout import convolution_units
 from recipe import Recipe, make_scheduler, positive
 from tracing import (
-    convolution_units,
     count_macs,
     count_parameters,
     gradient_of_the_middle,

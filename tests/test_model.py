@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from layout import convolution_units
 from model import NETWORKS, Depthwise, build_network, conv
-from tracing import convolution_units, count_macs, count_parameters, receptive_field, trace
+from tracing import count_macs, count_parameters, receptive_field, trace
 
 
 @pytest.mark.parametrize("name, parameters, macs", [

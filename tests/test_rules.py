@@ -1,4 +1,5 @@
 """The table of rules, and what it is measured with, on our networks and on others in people's own styles."""
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -7,14 +8,17 @@ import albumentations as A
 import pytest
 import torch
 import torch.nn.functional as F
+from albumentations.pytorch import ToTensorV2
 from torch import nn
+from torchvision import transforms
 
 import dataset
 from answers import ANSWERS
 from dataset import FILL, train_transform
+from layout import layers_table
 from model import NETWORKS, ConvBNAct, NetDilated, Network, bsconv, build_network, conv
-from rules import Row, check_rules, format_rules, rules_table
-from tracing import count_macs, gradient_of_the_middle, layers_table, markdown_table, receptive_field, trace
+from rules import Row, check_file, check_rules, format_rules, main, rules_table
+from tracing import count_macs, gradient_of_the_middle, markdown_table, receptive_field, trace
 
 VERDICTS = {"holds": True, "BROKEN": False, "undecided": None}
 
@@ -366,6 +370,29 @@ def test_a_plain_transform_fails_all_rows_but_resize():
     assert [row.verdict for row in rows] == ["BROKEN"] * 4 + ["holds"]
 
 
+@pytest.mark.parametrize("transform, flips", [
+    (A.HorizontalFlip(p=0.5), "changes 51% of the images"), (A.Compose([]), "missing"),
+    (A.Compose([A.OneOf([A.HorizontalFlip(p=0.5), A.Blur()])]), "changes 51% of the images"),
+    (A.Compose([A.HorizontalFlip(p=0.5), A.Resize(32, 32), A.Normalize(), ToTensorV2()]), "changes 51% of the images"),
+], ids=["no Compose", "empty", "nested", "to tensor"])
+def test_any_transform_of_albumentations_is_measured(transform, flips):
+    rows = table(TINY, transform)
+    assert rows["HorizontalFlip"][0] == flips
+    assert rows["Resize"] == (("40x40 becomes 32x32", True) if "ToTensorV2" in str(transform)
+                              else ("40x40 becomes 40x40", False))
+
+
+@pytest.mark.parametrize("transform, text", [
+    (transforms.Compose([transforms.ToTensor()]), "transform is torchvision.transforms.transforms.Compose: choose a"),
+    ([], "transform is builtins.list: choose a transform of albumentations"),
+    (A.Compose([A.RandomCrop(64, 64)]), "transform fails on a uint8 image .*: it has to take"),
+], ids=["torchvision", "a list", "fails"])
+def test_another_transform_is_refused_in_one_line(transform, text):
+    with pytest.raises(ValueError, match=text) as error:
+        check_rules(TINY, transform)
+    assert "\n" not in str(error.value)
+
+
 # ---------------------------------------------------------------- tables
 
 ROWS = [Row("four blocks", "4", "holds"), Row("no pooling", "pool1: 2x2 | " + "a long text " * 12, "BROKEN"),
@@ -469,3 +496,61 @@ def test_interpolation_has_a_receptive_field_too(mode, pixels):
 
     assert receptive_field(Upsampled()) == pixels
     assert pixels <= measured_field(Upsampled()) <= pixels + 1
+
+
+# ---------------------------------------------------------------- a folder of answers
+
+NET = """
+import torch.nn as nn
+import model  # the student's own, beside this file
+print("not part of the table")
+class Block(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+class {}(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = model.layers()
+    def forward(self, x):
+        return self.layers(x)
+class Other(nn.Module):
+    {}
+if __name__ == "__main__":
+    raise SystemExit("this would train")
+"""
+LAYERS = """
+from torch import nn
+def layers():
+    return nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+"""
+
+
+def test_a_folder_of_answers_is_one_table(tmp_path, capsys):
+    """The class Net, the last one that can be built, and files that fail in their own ways."""
+    files = {"net.py": NET.format("Net", "pass"), "last.py": NET.format("Mine", "def __init__(self, a): pass"),
+             "fails.py": "import nothing_such", "leaves.py": "import os; os._exit(3)"}
+    for name, text in {**files, "model.py": LAYERS}.items():
+        (tmp_path / name).write_text(text)
+    main([*(str(tmp_path / name) for name in files), "--csv", str(tmp_path / "table.csv")])
+    lines, notes = capsys.readouterr().out.split("\n\n")
+    rows = {line.split()[0]: line.split()[1:] for line in lines.splitlines() if line.startswith(str(tmp_path))}
+    assert len(set(map(len, rows.values()))) == 1 and len(rows) == 4
+    net, last, fails, leaves = rows.values()
+    assert net == last and net[:4] == ["BROKEN", "BROKEN", "BROKEN", "holds"] and set(fails + leaves) == {"error"}
+    assert "ModuleNotFoundError: No module named 'nothing_such'" in notes and "with exit code 3" in notes
+    assert "three convolutions in each: 1: C1 has 1 convolution: layers.0 3x3 3→10" in notes
+    head, *cells = csv.reader((tmp_path / "table.csv").read_text(encoding="utf-8").splitlines())
+    assert head[:2] == ["file", "four blocks"] and head[-1] == "error" and [len(row) for row in cells] == [12] * 4
+    assert cells[0][4] == "holds: none" and "nothing_such" in cells[2][-1]
+
+
+def test_a_file_that_does_not_end_is_stopped(tmp_path):
+    (tmp_path / "endless.py").write_text("while True: pass")
+    assert check_file(str(tmp_path / "endless.py"), timeout=1) == "took longer than 1 seconds"
+
+
+def test_the_help_says_that_files_are_executed(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "The files are executed" in text and "the class Net, or else the last nn.Module class" in text

@@ -1,0 +1,179 @@
+"""The convolutions of a network, in the blocks C1 to C4, as a person would count them."""
+import itertools
+from typing import NamedTuple
+
+from torch import nn
+
+from dataset import CLASSES
+from tracing import Operation, markdown_table, trace
+
+Unit = tuple[Operation, ...]  # a convolution, or a depthwise one with its pointwise one
+
+
+# ---------------------------------------------------------------- convolutions
+
+def convolution_units(operations: list[Operation], early: bool = False) -> list[Unit]:
+    """Return the convolutions, each as a tuple of operations.
+
+    A depthwise convolution and the pointwise one before or after it are one unit. Between two pointwise ones it belongs
+    to the later one, or to the earlier one if `early`.
+    """
+    chains = {}  # place of its last operation -> a chain of depthwise and pointwise ones in turn
+    for place, operation in enumerate(operations):
+        if operation.kind == "convolution":
+            source = _only(operation.sources)
+            if source is not None and operations[source].kind == "resize" and operations[source].stride > 1:
+                source = _only(operations[source].sources)  # every other position of the one before
+            roles = {_role(operation), _role(operations[source])} if source in chains else set()
+            chain = chains.pop(source) if roles == {"depthwise", "pointwise"} else []
+            chains[place] = [*chain, place]
+    units = []
+    for chain in chains.values():
+        single = len(chain) % 2 and _role(operations[chain[0]]) == "pointwise" and not early
+        parts = [chain[:1]] * single + [chain[first:first + 2] for first in range(single, len(chain), 2)]
+        units += [part for part in parts if part]
+    return [tuple(operations[place] for place in unit) for unit in sorted(units)]
+
+
+def _only(places):
+    return next(iter(places)) if len(places) == 1 else None
+
+
+def _role(operation):
+    if operation.groups > 1 and operation.groups == operation.channels[0]:
+        return "depthwise"
+    return "pointwise" if (operation.kernel, operation.groups) == (1, 1) else "standard"
+
+
+def describe(unit: Unit) -> str:
+    """Return what a convolution is, as "pointwise + 3x3 depthwise, stride 2"."""
+    kernels = " + ".join("pointwise" if _role(each) == "pointwise" else f"{each.kernel}x{each.kernel} {_role(each)}"
+                         for each in unit)
+    return kernels + "".join(f", {name} {max(values):g}" for name, values in (
+        ("dilation", [each.dilation for each in unit]), ("stride", [each.stride for each in unit])) if max(values) > 1)
+
+
+def layers_table(model: nn.Module) -> str:
+    """Return the convolutions of a network as a Markdown table: output shape, receptive field and jump, in pixels."""
+    rows = []
+    for number, unit in enumerate(convolution_units(trace(model)), 1):
+        last = unit[-1]
+        rows.append((str(number), describe(unit), f"{last.channels[1]} x {last.size[1]} x {last.size[1]}",
+                     f"{last.receptive_field:g}", f"{last.jump * last.stride:g}"))
+    return markdown_table(("", "convolution", "output", "receptive field:", "jump:"), rows)
+
+
+# ---------------------------------------------------------------- blocks
+
+class Layout(NamedTuple):
+    """The convolutions of a network in blocks. A depthwise-separable convolution counts as one."""
+
+    blocks: list[list[Unit]]
+    bonus: bool = False  # the blocks are told by dilations, not by strides
+    note: str = ""
+    doubt: str = ""  # what makes the blocks uncertain
+
+    def units(self) -> list[Unit]:
+        """Return all convolutions in order."""
+        return [unit for block in self.blocks for unit in block]
+
+    def faults(self) -> tuple[bool, bool, bool]:
+        """Say which of the three rules about blocks are broken."""
+        return (len(self.blocks) != 4, any(len(block) != 3 for block in self.blocks) or not self.blocks,
+                not self.blocks or not all(self.ends_well(block) for block in self.blocks))
+
+    def ends_well(self, block: list[Unit]) -> bool:
+        """Say whether the last convolution of a block, and no other, has stride 2; it may be dilated in the bonus."""
+        return (stride_of(block[-1]) == 2 or (self.bonus and is_dilated(block[-1]) and not is_strided(block[-1]))) and (
+            not any(map(is_strided, block[:-1])))
+
+
+def stride_of(unit: Unit) -> float:
+    """Return the stride of a convolution."""
+    return max(operation.stride for operation in unit)
+
+
+def is_strided(unit: Unit) -> bool:
+    """Say whether a convolution has a stride above 1."""
+    return stride_of(unit) > 1
+
+
+def is_dilated(unit: Unit) -> bool:
+    """Say whether a convolution has a dilation above 1 that makes a difference."""
+    return any(operation.dilation > 1 and operation.kernel > 1 for operation in unit)
+
+
+def find_blocks(operations: list[Operation]) -> Layout:
+    """Return the convolutions of a network in blocks.
+
+    A block is the convolutions that begin at the same resolution; in the bonus form, which has dilated convolutions
+    in the place of strides, it ends with a dilated one. The last convolution does not count if it gives the logits: it
+    is the O of C1C2C3C4O. Where a layout can be read in several ways, the one that keeps the most rules counts.
+    """
+    first = next(iter(operations), None)
+    upsampled = first and first.kind == "resize" and first.stride < 1 and not first.sources
+    note = f" on images upsampled to {first.size[1]}x{first.size[1]}" if upsampled else ""
+    readings = []
+    for early in (False, True):
+        units = convolution_units(operations, early)
+        whole = [units[:-1], units] if _is_output(units) else [units]
+        if len(whole) == 2 and units[-1][0].kernel > 1:
+            whole.reverse()
+        for some in whole:
+            jumps = sorted({round(unit[0].jump, 3) for unit in some})
+            readings.append(Layout([[unit for unit in some if round(unit[0].jump, 3) == jump] for jump in jumps],
+                                   note=note))
+            bonus = [Layout(blocks, True, note) for blocks in _cut_at_dilations(some)]
+            readings[-1:] = [*bonus, readings[-1]] if len(jumps) == 1 else [readings[-1], *bonus]
+    best = min(readings, key=lambda layout: sum(layout.faults()))
+    twelve = any(len(layout.units()) == 12 for layout in readings)  # otherwise no doubt could save it
+    return best._replace(doubt=_find_doubt(operations[bool(upsampled):]) if twelve else "")
+
+
+def _is_output(units):
+    """Say whether the last convolution gives the logits."""
+    return len(units) > 1 and units[-1][-1].channels[1] == len(CLASSES)
+
+
+def _cut_at_dilations(units):
+    """Return the ways to tell blocks by dilations: where one is applied, where it falls, where it changes.
+
+    There are none unless more convolutions are dilated than strided.
+    """
+    dilations = [max(operation.dilation for operation in unit) for unit in units]
+    if sum(dilation > 1 for dilation in dilations) <= sum(map(is_strided, units)):
+        return []
+    pairs = list(zip(dilations, dilations[1:], units, strict=False))
+    cuts = [[before > 1 or is_strided(unit) for before, _, unit in pairs],
+            [before > after or is_strided(unit) for before, after, unit in pairs],
+            [before != after or is_strided(unit) for before, after, unit in pairs]]
+    return [_cut(units, cut) for cut in cuts]
+
+
+def _cut(units, ends):
+    """Return the convolutions in blocks, each up to one that is an end."""
+    borders = [0, *(place for place, end in enumerate(ends, 1) if end), len(units)]
+    return [units[first:last] for first, last in itertools.pairwise(borders)]
+
+
+def _find_doubt(operations):
+    """Say what else than strides and pooling changes the size of a map, or can't be followed."""
+    shrunk = {each.jump for each in operations if each.kind in ("convolution", "pooling") and each.stride > 1}
+    for each in operations:
+        if each.kind == "other":
+            return f"{each.name} in {place_of(each)} can't be followed"
+        if each.kind == "resize" and (each.stride < 1 or each.jump not in shrunk):
+            before, after = each.size
+            return f"{each.name} in {place_of(each)} makes {after}x{after} of {before}x{before}"
+    return ""
+
+
+def place_of(operation: Operation) -> str:
+    """Return where an operation is, in the words of the network's author."""
+    return operation.where or "forward"
+
+
+def name_of(unit: Unit) -> str:
+    """Return a convolution as "conv1 3x3 16→32"."""
+    kind = describe(unit).replace(" standard", "")
+    return f"{unit[0].where} {kind} {unit[0].channels[0]}→{unit[-1].channels[1]}".strip()
