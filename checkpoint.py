@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from dataset import require
 from model import build_network
 
 try:
@@ -60,6 +62,8 @@ class Checkpoint:
                  parts: dict[str, object]):
         if getattr(loader.sampler, "generator", None) is None:
             raise ValueError("the order of this loader can't be restored: choose one of make_loader(shuffle=True)")
+        require("path of the checkpoint", path, "the path of a file",
+                isinstance(path, (str, Path)) and Path(path).name and not Path(path).is_dir())
         self.path, self.recipe, self.loader = Path(path), recipe, loader
         self.parts = {name: part for name, part in parts.items() if part is not None}
         data, self.split = loader.dataset, "validation" if recipe.validation_size else "test"
@@ -267,9 +271,11 @@ def load(name: str, folder: str | Path = "weights") -> tuple[nn.Module, dict]:
     """Return the named network with its saved weights, in evaluation mode, and its metrics.
 
     Raises:
-        ValueError: the network is unknown, or the file is damaged, or not the one that the metrics tell of.
+        ValueError: the network is unknown, the folder is no path, or a file is damaged, or the weights are not those
+            that the metrics tell of.
         FileNotFoundError: there is no such file.
     """
+    require("folder", folder, "the path of a folder", isinstance(folder, (str, Path)))
     model, path = build_network(name), Path(folder) / f"{name}.pt"
     if not path.exists():
         raise FileNotFoundError(f"{path} is not there: train {name} first, or take it from the repository")
@@ -288,8 +294,11 @@ def load(name: str, folder: str | Path = "weights") -> tuple[nn.Module, dict]:
 def load_metrics(name: str, folder: str | Path = "weights") -> dict:
     """Return the metrics of a saved network; a ValueError or an OSError names a file that is none."""
     path = Path(folder) / f"{name}.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is not there: train {name} again, or take both of its files from the "
+                                "repository")
     try:
-        metrics = json.loads(path.read_text())
+        metrics = json.loads(path.read_text(encoding="utf-8"))
         metrics["sha256"], metrics["recipe"], metrics["history"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no metrics ({one_line(error)}): train {name} again, or take both of its files "
@@ -327,8 +336,11 @@ def write_file(path: str | Path, content: bytes, keep: Path | None = None) -> No
 
 
 def one_line(error: Exception) -> str:
-    """Return the message of an error in one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200]
+    """Return the message of an error in one line of at most 200 characters, with its kind if it says little."""
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())  # without colours for a terminal
+    if isinstance(error, KeyError) or not re.search("[a-z]", text):
+        text = f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= 200 else text[:197].rsplit(" ", 1)[0] + "..."
 
 
 def _serialised(state):

@@ -1,6 +1,7 @@
 """CIFAR-10 with albumentations, its loaders, and a small sample of it for machines without CIFAR-10."""
 import ctypes
 import hashlib
+import numbers
 import os
 import pickle
 import random
@@ -170,14 +171,20 @@ def data_folder() -> Path:
 
 
 def require(name: str, value: object, allowed: str, holds: bool) -> None:
-    """Raise a ValueError that names the setting, its value and what is allowed, unless it holds."""
+    """Raise a ValueError of one line that names the setting, its value and what is allowed, unless it holds."""
     if not holds:
-        raise ValueError(f"{name} is {value!r}: choose {allowed}")
+        shown = " ".join(repr(value).split())
+        raise ValueError(f"{name} is {shown if len(shown) <= 200 else shown[:200] + '...'}: choose {allowed}")
 
 
 def is_number(value: object) -> bool:
-    """Say whether the value is a finite number, and not a bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100  # NaN is not
+    """Say whether the value is a finite number, NumPy's included, and not a bool."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(abs(value) < 1e100)  # NaN is not
+
+
+def is_seed(value: object) -> bool:
+    """Say whether the value can seed a random generator."""
+    return type(value) is int and 0 <= value < 2**32
 
 
 def load_dataset(split: str = "train", data: str = "CIFAR-10", validation_size: int = 0,
@@ -196,9 +203,15 @@ def load_dataset(split: str = "train", data: str = "CIFAR-10", validation_size: 
     Raises:
         ValueError: an argument is not one of those allowed. RuntimeError: the data are missing or damaged.
     """
-    require("data", data, f"one of {', '.join(DATASETS)}", data in list(DATASETS))
-    require("split", split, "train, validation or test", split in ("train", "validation", "test"))
-    transform = transform or (train_transform() if split == "train" else test_transform())
+    require("data", data, f"one of {', '.join(DATASETS)}", isinstance(data, str) and data in DATASETS)
+    require("split", split, "train, validation or test",
+            isinstance(split, str) and split in ("train", "validation", "test"))
+    require("root", root, "None or the path of a folder", root is None or isinstance(root, (str, Path)))
+    require("seed", seed, "a whole number, 0 to 4294967295", is_seed(seed))
+    if transform is None:
+        transform = train_transform() if split == "train" else test_transform()
+    require("transform", type(transform).__name__, "None or a transform of albumentations, as A.Compose([...])",
+            isinstance(transform, (A.BasicTransform, A.BaseCompose)))
     dataset = DATASETS[data](root, split != "test", transform, seed)
     if split == "test" or (split == "train" and not validation_size):
         return dataset
@@ -232,8 +245,11 @@ def make_loader(dataset: Dataset, batch_size: int = 256, shuffle: bool = False, 
         seed: of the order.
 
     Raises:
-        ValueError: the batch size is not between 1 and the size of the data set, or there are too many workers.
+        ValueError: the batch size is not between 1 and the size of the data set, there are too many workers, or another
+            argument is not one of those allowed.
     """
+    require("shuffle", shuffle, "True or False", isinstance(shuffle, bool))
+    require("seed", seed, "a whole number, 0 to 4294967295", is_seed(seed))
     num_workers = CORES * shuffle if num_workers is None else num_workers
     require("batch_size", batch_size, f"1 to {len(dataset)}, the size of the data set",
             type(batch_size) is int and 1 <= batch_size <= len(dataset))

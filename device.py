@@ -15,8 +15,7 @@ def pick_device(name: str | None = None) -> torch.device:
     """Return the named device, or the best one here: CUDA, then MPS, then CPU. A ValueError names others."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kinds = [kind for kind in there if there[kind]]
-    require("device", name, f"None, or one of this machine: {', '.join(kinds)}",
-            name is None or str(name).split(":")[0] in kinds)
+    require("device", name, f"None, or one of this machine: {', '.join(kinds)}", name is None or _exists(name, kinds))
     name = kinds[0] if name is None else str(name)
     if name == "cpu" and platform.libc_ver()[0] == "glibc":
         # glibc hands every large activation back to the system, which clears its pages anew for the next batch.
@@ -25,6 +24,16 @@ def pick_device(name: str | None = None) -> torch.device:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     return torch.device(name)
+
+
+def _exists(name, kinds):
+    """Say whether there is a device of that name here, as "cuda:1"."""
+    try:
+        device = torch.device(name) if isinstance(name, (str, torch.device)) else None
+    except RuntimeError:
+        return False
+    count = torch.cuda.device_count() if device and device.type == "cuda" else 1
+    return device is not None and device.type in kinds and (device.index or 0) < count
 
 
 def mixed_precision(device: torch.device) -> torch.dtype | None:

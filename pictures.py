@@ -62,12 +62,23 @@ def _from_array(array):
 
 def _to_rgb(image):
     """Return a PIL image of any mode as RGB, on white where it is transparent."""
-    if image.mode == "F" or image.mode.startswith("I"):  # 16 bits, in one of the ways that PIL keeps them
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 256).astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_to_bytes(np.asarray(image), image.mode))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _to_bytes(values, mode):
+    """Return the values of a PIL image of mode I or F as bytes: they are of 8 or 16 bits, or floats from 0 to 1."""
+    if not (np.isfinite(values).all() and 0 <= values.min() and values.max() <= 65535):
+        raise ValueError(f"its values, of mode {mode}, are not all from 0 to 65535")
+    if mode.startswith("I;") or values.max() > 255:
+        values = values / 256
+    elif mode == "F" and values.max() <= 1:
+        values = 255 * values
+    return values.astype(np.uint8)
 
 
 def classify(model: nn.Module, sources: Source | list[Source], count: int = 5, temperature: float = 1.0,
@@ -84,8 +95,12 @@ def classify(model: nn.Module, sources: Source | list[Source], count: int = 5, t
         a list of lists, or, for one picture, its list.
 
     Raises:
-        ValueError: a source is no picture, or the temperature is not above 0.
+        ValueError: a source is no picture, or an argument is not one of those allowed.
     """
+    require("model", type(model).__name__, "a network: the first of the pair that load returns",
+            isinstance(model, nn.Module))
+    require("count", count, f"1 to {len(classes)}, the number of classes",
+            type(count) is int and 1 <= count <= len(classes))
     require("temperature", temperature, "a number above 0", positive(temperature))
     if not isinstance(sources, list):
         return classify(model, [sources], count, temperature, classes)[0]
@@ -96,6 +111,8 @@ def classify(model: nn.Module, sources: Source | list[Source], count: int = 5, t
         small = shrink(image=open_picture(source))["image"]
         with torch.no_grad():
             logits = model(normalise(small[None]).to(device))[0].float().cpu()
+        require("the number of classes", len(classes), f"{len(logits)} names, one for each logit of the network",
+                len(classes) == len(logits))
         probabilities, numbers = (logits / temperature).softmax(0).topk(count)
         results.append([(classes[number], probability) for number, probability in
                         zip(numbers.tolist(), probabilities.tolist(), strict=True)])

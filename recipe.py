@@ -1,6 +1,6 @@
 """Every setting of a run, its default, its meaning and its limits; the optimizer and the schedule that they name."""
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -31,7 +31,15 @@ def positive(value: object) -> bool:
 
 def is_folder(value: object) -> bool:
     """Say whether the value is the path of a folder, or of one that can be made."""
-    return isinstance(value, (str, Path)) and not Path(value).is_file()
+    try:
+        return isinstance(value, (str, Path)) and not Path(value).is_file()
+    except (OSError, ValueError):  # it is too long, or no path
+        return False
+
+
+def one_of(names: Collection[str]) -> Callable[[object], bool]:
+    """Return a check for one of these names."""
+    return lambda value: isinstance(value, str) and value in names
 
 
 def setting(default: object, meaning: str, allowed: str, check: Callable[[object], bool], affects_result: bool = True):
@@ -51,16 +59,15 @@ class Recipe:
     """
 
     network: str = setting("NetDilated", "the network, by name", f"one of {', '.join(NETWORKS)}",
-                           lambda value: value in list(NETWORKS))
-    data: str = setting("CIFAR-10", "the data set", f"one of {', '.join(DATASETS)}",
-                        lambda value: value in list(DATASETS))
+                           one_of(NETWORKS))
+    data: str = setting("CIFAR-10", "the data set", f"one of {', '.join(DATASETS)}", one_of(DATASETS))
     validation_size: int = setting(
         0, "training images that are held out, the last ones; they take the place of the test set",
         "a whole number, 0 or more", whole(0))
-    epochs: int = setting(90, "passes over the training images", "a whole number, 1 or more", whole(1))
+    epochs: int = setting(90, "passes over the training images", "a whole number, 1 to 100000", whole(1, 100_000))
     batch_size: int = setting(256, "images a step", "a whole number, 1 or more", whole(1))
     optimizer: str = setting("Muon", "Muon, or SGD with Nesterov momentum", "SGD or Muon",
-                             lambda value: value in ("SGD", "Muon"))
+                             one_of(("SGD", "Muon")))
     max_lr: float = setting(0.3, "the peak of the learning rate", "a number above 0", positive)
     warmup: float = setting(0.25, "the share of the steps in which the learning rate rises to its peak",
                             "a number above 0 and below 1", lambda value: positive(value) and value < 1)
@@ -78,8 +85,8 @@ class Recipe:
                                   "a probability, 0 to 1", between(0, 1))
     sizes: tuple[int, ...] = setting(
         (20, 24, 28, 32), "progressive resizing: sizes of the training images, each for an equal share of the epochs",
-        "sizes in pixels, each 8 or more",
-        lambda value: isinstance(value, tuple) and len(value) > 0 and all(map(whole(8), value)))
+        "sizes in pixels, each 8 to 1024",
+        lambda value: isinstance(value, tuple) and len(value) > 0 and all(map(whole(8, 1024), value)))
     teacher: str | None = setting("weights/teacher", "the folder of a trained NetDilated to learn from, or None",
                                   "None or the path of a folder", lambda value: value is None or is_folder(value))
     distillation_weight: float = setting(0.9, "the share of the distillation loss; cross entropy has the rest",
@@ -97,7 +104,7 @@ class Recipe:
     def __post_init__(self):
         for each in fields(self):
             value = getattr(self, each.name)
-            value = tuple(value) if isinstance(value, list) else value  # JSON and the command line have lists
+            value = tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else _plain(value)  # JSON has lists
             value = str(value) if isinstance(value, Path) else value
             require(each.name, value, each.metadata["allowed"], each.metadata["check"](value))
             object.__setattr__(self, each.name, value)  # the dataclass is frozen
@@ -121,6 +128,11 @@ class Recipe:
         """Return the settings that affect the result, in JSON's types."""
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.compare}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _plain(value):
+    """Return a number of NumPy's as one of Python's, and everything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def seed_everything(seed: int) -> None:

@@ -23,10 +23,10 @@ from torch import nn
 import checkpoint
 import train
 import utils
-from checkpoint import add_metrics, load, load_history, load_metrics, load_teacher, save, write_file
-from dataset import CORES, train_transform
+from checkpoint import Checkpoint, add_metrics, load, load_history, load_metrics, load_teacher, save, write_file
+from dataset import CORES, load_dataset, make_loader, train_transform
 from model import NetDilated
-from recipe import seed_everything
+from recipe import Recipe, seed_everything
 from tiny import SHORT, STEPS, Run, Tiny, equal, state
 
 PROCESSES = multiprocessing.get_context("forkserver")  # nothing is shared but what the arguments say
@@ -319,7 +319,13 @@ class Code:
         return Path.touch, (self.path,)
 
 
-FOREIGN = {"empty": b"", "text": b"not one of ours", "code": pickle.dumps(print, protocol=2)}
+def whole_model():
+    buffer = io.BytesIO()
+    torch.save(Tiny(), buffer)
+    return buffer.getvalue()
+
+
+FOREIGN = {"empty": b"", "text": b"not one of ours", "code": pickle.dumps(print, protocol=2), "model": whole_model()}
 
 
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
@@ -328,8 +334,10 @@ def test_a_foreign_file_is_refused_by_name(content, root, tmp_path):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match="^.*Tiny.ckpt is damaged or no checkpoint of this program [^\n]*$"):
         Run(root, tmp_path).fit()
-    with pytest.raises(ValueError, match="^.*NetDilated.pt is damaged or holds another network than NetD[^\n]*$"):
+    with pytest.raises(ValueError, match="^.*NetDilated.pt is damaged or holds another network [^\n]*$") as error:
         load("NetDilated", tmp_path)
+    reason = re.search(r"\((.*)\): train it again", str(error.value))[1]
+    assert re.search("[A-Za-z]{4}", reason) and "\x1b" not in reason and len(reason) <= 200
     assert {(tmp_path / name).read_bytes() for name in ("Tiny.ckpt", "NetDilated.pt")} == {content}
 
 
@@ -379,12 +387,36 @@ def test_weights_that_are_missing_or_of_another_network_are_named(tmp_path):
         load("NetDilated", tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"{", b"{}", b"[]", b"\xff"], ids=["cut off", "empty", "a list", "not UTF-8"])
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"\xff"],
+                         ids=["empty", "cut off", "an empty dictionary", "a list", "not UTF-8"])
 def test_metrics_that_are_none_are_named(content, tmp_path):
     save(NetDilated(), METRICS, tmp_path)
     (tmp_path / "NetDilated.json").write_bytes(content)
     with pytest.raises(ValueError, match="^.*NetDilated.json holds no metrics [^\n]*: train NetDilated again[^\n]*$"):
         load("NetDilated", tmp_path)
+
+
+def test_metrics_that_are_missing_are_named(tmp_path):
+    save(NetDilated(), METRICS, tmp_path)
+    (tmp_path / "NetDilated.json").unlink()
+    with pytest.raises(FileNotFoundError, match="^.*NetDilated.json is not there: train NetDilated again[^\n]*$"):
+        load("NetDilated", tmp_path)
+
+
+@pytest.mark.parametrize("arguments, text", [
+    (("NetDilated", None), "^folder is None: choose the path of a folder$"),
+    (([], "weights"), r"^network \[\] is unknown: choose one of NetDilated"),
+])
+def test_arguments_of_load_that_are_none_are_named(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        load(*arguments)
+
+
+@pytest.mark.parametrize("path", ["", ".", None])
+def test_the_path_of_a_checkpoint_that_is_no_file_is_named(path):
+    loader = make_loader(load_dataset("test", "sample"), 10, shuffle=True, num_workers=0)
+    with pytest.raises(ValueError, match=f"^path of the checkpoint is {path!r}: choose the path of a file$"):
+        Checkpoint(path, Recipe(), loader, None, {"model": Tiny()})
 
 
 def test_a_run_saved_again_keeps_its_metrics_unless_a_file_is_harmed(tmp_path):

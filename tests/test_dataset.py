@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
+from torchvision import transforms
 
 import dataset
 from dataset import (
@@ -152,6 +153,11 @@ def test_the_folder_comes_from_the_environment(cifar10_files, monkeypatch):
     ({"data": "MNIST"}, "data is 'MNIST': choose one of CIFAR-10, sample"),
     ({"split": "validation"}, "validation_size is 0: choose 1 to 1999"),
     ({"validation_size": 2000}, "validation_size is 2000: choose 1 to 1999"),
+    ({"data": []}, r"data is \[\]: choose one of"), ({"split": np.array(["train", "test"])}, "split is array"),
+    ({"root": 3}, "root is 3: choose None or the path of a folder"),
+    ({"seed": "0"}, "seed is '0': choose a whole number"), ({"seed": -1}, "seed is -1: choose a whole number"),
+    ({"transform": transforms.ToTensor()}, "transform is 'ToTensor': choose None or a transform of albumentations"),
+    ({"transform": []}, "transform is 'list': choose None or a transform of albumentations"),
 ])
 def test_impossible_splits_are_named(arguments, message, root):
     with pytest.raises(ValueError, match=message):
@@ -161,6 +167,7 @@ def test_impossible_splits_are_named(arguments, message, root):
 @pytest.mark.parametrize("arguments, message", [
     ({"batch_size": 0}, "batch_size is 0: choose 1 to 2000"),
     ({"batch_size": 2001}, "batch_size is 2001: choose 1 to 2000"),
+    ({"shuffle": "yes"}, "shuffle is 'yes': choose True or False"), ({"seed": None}, "seed is None: choose a whole"),
     ({"num_workers": -1}, "num_workers is -1: choose 0 to"),
     ({"num_workers": CORES + 1}, f"num_workers is {CORES + 1}: choose 0 to {CORES}, the number of cores"),
 ])

@@ -17,7 +17,7 @@ def test_a_device_is_taken_by_name_and_the_best_one_by_default():
     assert pick_device().type == best
 
 
-@pytest.mark.parametrize("name", ["gpu", 3])
+@pytest.mark.parametrize("name", ["gpu", 3, "cpu:x", "cuda:99", ""])
 def test_a_device_that_is_not_there_is_named_with_those_that_are(name):
     with pytest.raises(ValueError, match=f"^device is {name!r}: choose None, or one of this machine: .*cpu$"):
         pick_device(name)

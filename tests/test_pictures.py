@@ -50,8 +50,10 @@ def test_arrays_of_all_kinds_are_pictures(convert, halves):
 
 @pytest.mark.parametrize("image", [
     Image.new("L", (9, 9), 100), Image.new("LA", (9, 9), (100, 255)), Image.new("I", (9, 9), 100 * 257),
-    Image.new("I;16", (9, 9), 100 * 257), Image.new("F", (9, 9), 100 * 257), np.full((9, 9), 100, np.uint8),
-    np.full((9, 9, 1), 100, np.uint8)], ids=["L", "LA", "I", "I;16", "F", "array", "array of one channel"])
+    Image.new("I;16", (9, 9), 100 * 257), Image.new("F", (9, 9), 100 * 257), Image.new("I", (9, 9), 100),
+    Image.new("F", (9, 9), 100), Image.new("F", (9, 9), 100.5 / 255), np.full((9, 9), 100, np.uint8),
+    np.full((9, 9, 1), 100, np.uint8)],
+    ids=["L", "LA", "I", "I;16", "F", "I of 8 bits", "F of 8 bits", "F to 1", "array", "array of one channel"])
 def test_greyscale_becomes_grey_and_16_bits_keep_their_brightness(image):
     assert (open_picture(image) == 100).all()
 
@@ -99,8 +101,10 @@ def containing(content):
     (lambda _: np.zeros((3, 9, 9), np.uint8), r"shape is \(3, 9, 9\)"),
     (lambda _: np.zeros((9, 9, 3), int), "type is int"), (lambda _: Image.new("RGB", (9, 0)), "empty, 9 x 0 pixels"),
     (lambda _: None, "no path, PIL image or array"),
+    (lambda _: Image.new("F", (9, 9), float("nan")), "its values, of mode F, are not all from 0 to 65535"),
+    (lambda _: Image.new("I", (9, 9), -5), "its values, of mode I, are not all from 0 to 65535"),
 ], ids=["missing", "a folder", "text", "truncated", "absurdly large", "not a number", "out of range", "channels first",
-        "integers", "no pixels", "nothing"])
+        "integers", "no pixels", "nothing", "mode F of NaN", "mode I below 0"])
 def test_what_is_no_picture_is_refused_in_one_line_with_the_reason(make, reason, tmp_path):
     source = make(tmp_path / "picture")
     name = str(source) if isinstance(source, Path) else f"the {type(source).__name__}"
@@ -139,6 +143,17 @@ def test_a_temperature_divides_the_logits():
     assert np.log(sharp["ship"] / sharp["truck"]) == pytest.approx(4 * np.log(soft["ship"] / soft["truck"]), rel=1e-3)
     with pytest.raises(ValueError, match="^temperature is 0: choose a number above 0$"):
         classify(Brightness(), np.zeros((9, 9), np.uint8), temperature=0)
+
+
+@pytest.mark.parametrize("changes, text", [
+    ({"count": 11}, "^count is 11: choose 1 to 10, the number of classes$"), ({"count": -1}, "^count is -1: choose"),
+    ({"count": "5"}, "^count is '5': choose 1 to 10"),
+    ({"classes": ("cat", "dog"), "count": 2}, "^the number of classes is 2: choose 10 names, one for each logit"),
+    ({"model": (Brightness(), {})}, "^model is 'tuple': choose a network: the first of the pair that load returns$"),
+])
+def test_arguments_of_classify_that_are_impossible_are_named(changes, text):
+    with pytest.raises(ValueError, match=text):
+        classify(**{"model": Brightness(), "sources": np.zeros((9, 9), np.uint8), **changes})
 
 
 def test_the_network_sees_a_picture_as_it_sees_test_images():

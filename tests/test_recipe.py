@@ -25,25 +25,25 @@ from recipe import (
 # ---------------------------------------------------------------- settings
 
 IMPOSSIBLE = {  # what is allowed, and values that are not
-    "network": ("one of NetDilated, PublishedDilated, PublishedDepthwise", ["ResNet", ()]),
-    "data": ("one of CIFAR-10, sample", ["MNIST", None]),
+    "network": ("one of NetDilated, PublishedDilated, PublishedDepthwise", ["ResNet", (), np.array(["a", "b"])]),
+    "data": ("one of CIFAR-10, sample", ["MNIST", None, {}]),
     "validation_size": ("a whole number, 0 or more", [-1, 0.1]),
-    "epochs": ("a whole number, 1 or more", [0, True]),
+    "epochs": ("a whole number, 1 to 100000", [0, True, 2**70]),
     "batch_size": ("a whole number, 1 or more", [0, "256"]),
-    "optimizer": ("SGD or Muon", ["Adam", None]),
+    "optimizer": ("SGD or Muon", ["Adam", None, np.array(["SGD", "Muon"])]),
     "max_lr": ("a number above 0", [0, float("inf")]),
     "warmup": ("a number above 0 and below 1", [0.0, 1]),
-    "momentum": ("a pair of numbers above 0 and below 1", [(0.85,), (0.85, 1.1), 0.9]),
+    "momentum": ("a pair of numbers above 0 and below 1", [(0.85,), (0.85, 1.1), 0.9, np.array([0.85, 0.95])]),
     "weight_decay": ("a number, 0 or more", [-1e-4, float("nan")]),
     "ema": ("True or False", [1, None]),
     "augmentation": ("a probability, 0 to 1", [-0.1, 1.1]),
-    "sizes": ("sizes in pixels, each 8 or more", [32, (), (32, 7), (16.0,)]),
+    "sizes": ("sizes in pixels, each 8 to 1024", [32, (), (32, 7), (16.0,), (2**70,)]),
     "teacher": ("None or the path of a folder", [3, __file__]),
     "distillation_weight": ("a number, 0 to 1", [-0.1, 1.1]),
     "distillation_temperature": ("a number above 0", [0, "4"]),
     "seed": ("a whole number, 0 to 4294967295", [-1, 2**32]),
     "num_workers": (f"None, or 0 to {CORES}, the number of cores", [-1, CORES + 1]),
-    "folder": ("the path of a folder", [None, __file__]),
+    "folder": ("the path of a folder", [None, __file__, "a\0b"]),
 }
 
 
@@ -77,6 +77,19 @@ def test_lists_become_tuples_and_paths_become_strings():
 def test_recipes_are_equal_if_they_give_the_same_result():
     assert Recipe(folder="elsewhere", num_workers=0) == Recipe()
     assert Recipe(seed=1) != Recipe() and Recipe(teacher=None) != Recipe()
+
+
+def test_numbers_of_numpy_are_numbers():
+    recipe = Recipe(max_lr=np.float32(1.25), epochs=np.int64(3), momentum=[np.float64(0.8), 0.9])
+    assert json.loads(json.dumps(recipe.to_json()))["max_lr"] == 1.25 and type(recipe.epochs) is int
+    assert recipe.momentum == (0.8, 0.9)
+
+
+def test_a_long_value_stays_one_line():
+    for setting in ({"max_lr": np.zeros((40, 40))}, {"folder": "long" * 80}):
+        with pytest.raises(ValueError, match=": choose ") as error:
+            Recipe(**setting)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
 def test_a_recipe_cannot_be_changed():
