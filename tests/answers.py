@@ -522,6 +522,23 @@ def vit_pooled():
     return ViT(pool=True)
 
 
+@answer(field=holds("the whole image, by encoder.self_attn"), four="2: ", three="1 5: C1 has 1 convolution: stem 3x3",
+        stride="1 | 1 1 1 1 1: C1 ends with stem 3x3 3→32", pool="pool: 3x3 max pooling", pair="0", dilated="0",
+        gap="none", linear=holds("fully connected"))
+class CCT(nn.Module):
+    """A compact transformer: tokens from a convolution, and a weighted sum of them at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.pool = C(3, 32, 3, 1, 1), nn.MaxPool2d(3, 4, 1)
+        self.encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True)
+        self.weights, self.head = nn.Linear(32, 1), nn.Linear(32, 10)
+
+    def forward(self, x):
+        x = self.encoder(F.dropout(self.pool(F.relu(self.stem(x))).flatten(2).transpose(1, 2), 0.1))
+        return self.head((self.weights(x).softmax(1).transpose(1, 2) @ x).squeeze(1))
+
+
 class HandMadeAttention(nn.Module):
     """Self-attention on the map, as in a non-local block."""
 
