@@ -292,6 +292,7 @@ class _Tracer(TorchDispatchMode):
     def _merged(self, call, shape, uniform=False):
         """Return the path of what depends on all inputs: element by element, or, if uniform, as a whole."""
         paths = [path for path in call.paths if not path.pooled] or call.paths
+        paths = [path for path in paths if path.map is None] or paths  # means of rows or columns weigh a map, too
         reach = []
         for parts in zip(*(path.reach for path in paths), strict=True):
             parts = [part.amin() if uniform else part for part in parts]
@@ -300,11 +301,11 @@ class _Tracer(TorchDispatchMode):
                 total = torch.minimum(total, part)
             reach.append(total.expand(shape).clone())
         whole = any(path.whole for path in paths)
-        if len(paths) < len(call.paths):  # what has no positions any more weighs a map that has
+        if len({path.pooled for path in call.paths}) == 2:  # what has no positions any more weighs a map that has
             pools = [self._weigh(path.sources) for path in call.paths if path.pooled]
             whole = whole or not all(pools)
         return _Path(reach, max(path.jump for path in paths), set().union(*(path.sources for path in paths)),
-                     all(path.pooled for path in paths), whole)
+                     all(path.pooled for path in paths), whole, paths[0].map)
 
     def _weigh(self, sources):
         """Turn the operations between a global pooling and a map it weighs into squeeze-excite; say if there are any.
@@ -403,7 +404,8 @@ class _Tracer(TorchDispatchMode):
                        for side, gap, pad, step in zip(kernel, gaps, padding, steps, strict=True)]
             gaps = [gap * step for gap, step in zip(gaps, steps, strict=True)]
         path = _window(before, output.shape, kernel, steps, padding, gaps)
-        return self._record(call, "resize" if transposed else "convolution", path, before, sizes, max(kernel),
+        kind = "resize" if transposed else "squeeze-excite" if before.map else "convolution"
+        return self._record(call, kind, path, before, sizes, max(kernel),
                             max(steps), max(dilation), groups, channels)
 
     def _pooling(self, call):
@@ -433,7 +435,7 @@ class _Tracer(TorchDispatchMode):
         reach = [each.amin(dims, keepdim=len(output.shape) == len(call.shape)) for each in before.reach]
         path, sides = replace(before, reach=reach, sources=set(before.sources)), before.sides()
         if max(path.sides()) > 1:
-            return replace(path, map=before) if path.sides() != sides else path
+            return replace(path, map=before.map or before) if 1 in path.sides() and path.sides() != sides else path
         if max(sides) == 1 and not {2, 3} <= set(dims):
             return path
         before = before.map or before

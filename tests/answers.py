@@ -637,6 +637,21 @@ class EfficientAttention(nn.Module):
         return self.head(self.body[3](self.body[2](x * gate.sigmoid())))
 
 
+@answer(three=holds("3 3 3 3"), field=holds("95"), pool=holds("none"))
+class CoordinateAttention(nn.Module):
+    """The gates are means of rows and of columns, each with a 1x1 convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.gate = body(), head(40), C(16, 16, 1)
+
+    def forward(self, x):
+        x = self.body[0](x)
+        rows, columns = x.mean(3, keepdim=True), x.mean(2, keepdim=True)
+        x = x * self.gate(rows).sigmoid() * self.gate(columns).sigmoid()
+        return self.head(self.body[3](self.body[2](self.body[1](x))))
+
+
 @answer(four=undecided("4, but slice in forward makes 16x16 of 32x32"), three=undecided("3 3 3 3, but slice"),
         stride=undecided("slice in forward"), field=holds("95"))
 class Sliced(nn.Module):
