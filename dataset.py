@@ -1,5 +1,6 @@
 """CIFAR-10 with albumentations, its loaders, and a small sample of it for machines without CIFAR-10."""
 import ctypes
+import functools
 import hashlib
 import numbers
 import os
@@ -70,9 +71,15 @@ def normalise(images: np.ndarray | torch.Tensor) -> torch.Tensor:
     images = torch.as_tensor(images)
     require("shape of the images", tuple(images.shape), "(N, H, W, 3), uint8 images as make_loader's loaders deliver",
             images.ndim == 4 and images.shape[3] == 3)
-    mean, std = (255 * torch.tensor(values, device=images.device).repeat(images.shape[2]) for values in (MEAN, STD))
+    mean, std = _mean_and_std(images.shape[2], images.device)
     rows = images.flatten(2).to(torch.float32, copy=True)  # by whole rows of pixels, three times as fast
     return rows.sub_(mean).div_(std).view(images.shape).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _mean_and_std(width, device):
+    """Return the two for each value of a row of pixels. They are made once, since a copy to a GPU waits for it."""
+    return [255 * torch.tensor(values, device=device).repeat(width) for values in (MEAN, STD)]
 
 
 class CIFAR10(torchvision.datasets.CIFAR10):

@@ -2,22 +2,8 @@
 
     python rules.py answers/*.py
 """
-import argparse
-import contextlib
 import copy
-import csv
-import importlib.util
-import inspect
-import itertools
-import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import tempfile
-import textwrap
-from pathlib import Path
 from typing import NamedTuple
 
 import albumentations as A
@@ -25,19 +11,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataset import CLASSES, FILL
-from layout import (  # noqa: F401, the notebook finds layers_table and the counts here
+from checker.layout import (
     Layout,
     convolution_units,
     find_blocks,
     is_dilated,
     is_strided,
-    layers_table,
     name_of,
     place_of,
     stride_of,
 )
-from tracing import Operation, count_macs, count_parameters, field_before, markdown_table, run_traced  # noqa: F401
+from checker.operations import field_before, run_traced
+from checker.tables import markdown_table, text_table
+from checker.tracer import Operation
+from dataset import CLASSES, FILL
 
 PARAMETER_LIMIT, RECEPTIVE_FIELD_LIMIT = 200_000, 44  # the assignment's "fewer than" and "above"
 HOLDS, BROKEN, UNDECIDED = "holds", "BROKEN", "undecided"
@@ -299,7 +286,7 @@ def _measure_hole(coarse_dropout, draws=50):
 
 def format_rules(rows: list[Row]) -> str:
     """Return the rows of `check_rules` as a text table."""
-    return _text_table([("rule", "measured", "verdict"), *rows])
+    return text_table([("rule", "measured", "verdict"), *rows])
 
 
 def rules_table(rows: list[Row]) -> str:
@@ -307,121 +294,6 @@ def rules_table(rows: list[Row]) -> str:
     return markdown_table(("rule", "measured", "verdict"), rows)
 
 
-def _text_table(lines, most=80):
-    """Return lines of cells as aligned columns; a cell longer than `most` characters goes on in the next line."""
-    rows = []
-    for line in lines:
-        cells = [textwrap.wrap(cell, most, break_long_words=False, break_on_hyphens=False) or [""] for cell in line]
-        rows += itertools.zip_longest(*cells, fillvalue="")
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in rows)
-
-
-# ---------------------------------------------------------------- a folder of answers
-
-def main(arguments: list[str] | None = None) -> None:
-    """Print one table for files of networks: a row for each file, a column for each rule."""
-    parser = argparse.ArgumentParser(
-        description="Check the assignment's rules on the networks in Python files, and print a table.",
-        epilog="The files are executed, each in a process of its own: do not run it on files that you do not trust. "
-        "Of each file, the network is the class Net, or else the last nn.Module class of that file that can be built "
-        "without arguments.")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a Python file with a network; it is executed")
-    parser.add_argument("--csv", metavar="FILE", help="write the table with all measurements to this file, too")
-    parser.add_argument("--timeout", type=float, default=60, metavar="SECONDS", help="time for each file (default 60)")
-    options = parser.parse_args(arguments)
-    answers = {file: check_file(file, options.timeout) for file in options.files}
-    print(format_answers(answers))
-    if options.csv:
-        with open(options.csv, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(_answer_lines(answers, lambda row: f"{row.verdict}: {row.measured}"))
-
-
-def check_file(file: str, timeout: float = 60) -> list[Row] | str:
-    """Check the network in a Python file, which is executed in a process of its own; return its rows or an error."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "rows.json")
-        process = subprocess.Popen([sys.executable, __file__, _CHILD, str(Path(file).resolve()), str(path)],
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                   start_new_session=True)
-        try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return f"took longer than {timeout:g} seconds"
-        finally:
-            _end(process)
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return f"ended its process with exit code {process.returncode}"
-    return result if isinstance(result, str) else [Row(*row) for row in result]
-
-
-_CHILD = "--check-one"  # the argument that marks a process of `check_file`
-
-
-def _end(process):
-    """End a process and whatever it started."""
-    with contextlib.suppress(OSError):
-        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
-    process.wait()
-
-
-def _check_one(file, path):
-    """Write the rows of the network in a file, or its error, as JSON."""
-    try:
-        result = check_rules(_load_network(Path(file)))
-    except BaseException as error:  # a file that exits is an error, too
-        result = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    Path(path).write_text(json.dumps(result), encoding="utf-8")
-
-
-def _load_network(file):
-    """Return the network of a file: its class Net, or the last nn.Module class that can be built."""
-    for name in ("dataset", "layout", "tracing"):  # the file may have modules of these names beside it
-        sys.modules.pop(name, None)
-    sys.path[0] = str(file.parent)
-    spec = importlib.util.spec_from_file_location(f"answer_{file.stem}", file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    classes = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, nn.Module)
-               and value.__module__ == spec.name]
-    net = getattr(module, "Net", None)
-    if net in classes:
-        return net()
-    for value in sorted(classes, key=lambda value: inspect.getsourcelines(value)[1], reverse=True):
-        with contextlib.suppress(TypeError):
-            return value()
-    raise ValueError("no class of a network that can be built without arguments")
-
-
-def _answer_lines(answers, cell):
-    """Return the table of answers: a line for each file, a column for each rule."""
-    rules = list(dict.fromkeys(row.rule for rows in answers.values() if isinstance(rows, list) for row in rows))
-    lines = [["file", *rules, "error"]]
-    for file, rows in answers.items():
-        if isinstance(rows, str):
-            lines.append([file, *[""] * len(rules), rows])
-        else:
-            cells = {row.rule: cell(row) for row in rows}
-            lines.append([file, *(cells.get(rule, "") for rule in rules), ""])
-    return lines
-
-
-def format_answers(answers: dict[str, list[Row] | str]) -> str:
-    """Return the verdicts of many files as a text table, and after it what was seen where one is not "holds"."""
-    lines = [line[:-1] for line in _answer_lines(answers, lambda row: row.verdict)]
-    lines = [[file, *(cells if any(cells) else ["error"] * len(cells))] for file, *cells in lines]
-    notes = []
-    for file, rows in answers.items():
-        notes += [(file, "error", rows)] if isinstance(rows, str) else [
-            (file, row.verdict, f"{row.rule}: {row.measured}") for row in rows if row.verdict != HOLDS]
-    return _text_table(lines, most=16) + ("\n\n" + _text_table(notes) if notes else "")
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == [_CHILD]:
-        _check_one(*sys.argv[2:])
-    else:
-        main()
+    from checker.answers import main  # which imports this module
+    main()

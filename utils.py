@@ -19,19 +19,19 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 
-from checkpoint import write_file
-from dataset import base_of, load_dataset, make_loader, normalise, require
-from device import autocast, hardware, versions
-from layout import convolution_units
-from recipe import Recipe, make_scheduler, positive
-from tracing import (
+from checker.layout import convolution_units
+from checker.operations import (
     count_macs,
     count_parameters,
     gradient_of_the_middle,
-    markdown_table,
     receptive_field,
     trace,
 )
+from checker.tables import markdown_table
+from checkpoint import write_file
+from dataset import base_of, load_dataset, make_loader, normalise, require
+from device import autocast, hardware, versions
+from recipe import Recipe, make_scheduler, positive
 
 COLOURS = BLUE, ORANGE, *_ = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"  # Okabe and Ito: safe for all eyes
 CORRUPTIONS = {  # of test images, at five strengths

@@ -22,11 +22,11 @@ from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import utils
+from checker.operations import count_macs
 from dataset import CORES, MEAN, STD, load_dataset, make_loader, train_transform
 from device import hardware, mixed_precision, pick_device, versions
 from model import build_network
 from recipe import Recipe, make_optimizer
-from tracing import count_macs
 
 HERE = Path(__file__).resolve().parent
 OURS, QUICK = "NetDilated", "NetDilated, quick recipe"

@@ -48,7 +48,7 @@ def epoch(loader):
 
 
 def test_importing_all_modules_is_silent_and_touches_nothing(tmp_path):
-    code = ("import checkpoint, dataset, device, layout, model, pictures, recipe, rules, tracing, train, utils; "
+    code = ("import checker.answers, checkpoint, dataset, device, model, pictures, recipe, rules, train, utils; "
             "dataset.train_transform()")
     run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], cwd=tmp_path, text=True,
                          env={**os.environ, "PYTHONPATH": str(HERE)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layout import convolution_units
+from checker.layout import convolution_units
+from checker.operations import count_macs, count_parameters, receptive_field, trace
 from model import NETWORKS, Depthwise, build_network, conv
-from tracing import count_macs, count_parameters, receptive_field, trace
 
 
 @pytest.mark.parametrize("name, parameters, macs", [

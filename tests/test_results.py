@@ -1,5 +1,6 @@
 """What is committed: weights, metrics, notebook and README tell the same story."""
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,12 +17,12 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 import utils
 from benchmarks import tables
+from checker.operations import count_macs, count_parameters, receptive_field
 from checkpoint import load, load_metrics
 from dataset import MEAN, STD, data_folder, load_dataset, make_loader
 from device import pick_device
 from model import NETWORKS, build_network
 from recipe import Recipe
-from tracing import count_macs, count_parameters, receptive_field
 
 HERE = Path(__file__).parent.parent
 WEIGHTS = HERE / "weights"
@@ -197,6 +198,31 @@ def test_the_first_cell_unpacks_the_repository_in_colab(first_cell, tmp_path):
 
 
 @pytest.mark.skipif(not (HERE / ".git").exists(), reason="this is no clone")
+def test_the_notebook_runs_in_colab_from_the_zip_alone(tmp_path):
+    """The notebook in an empty folder with nothing but an upload button: it trains and saves in the unpacked copy."""
+    stand_in = tmp_path / "packages" / "google" / "colab"
+    stand_in.mkdir(parents=True)
+    (stand_in / "__init__.py").touch()
+    (stand_in / "files.py").write_text("""from pathlib import Path
+uploads = [{"S9.zip": b""}, {}]
+def upload():
+    return uploads.pop(0)
+""")
+    empty = tmp_path / "content"
+    empty.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(empty)
+        git_archive()()
+    shutil.copy(HERE / "S9.ipynb", empty / "notebook.ipynb")
+    settings = {**json.loads(os.environ["S9_SETTINGS"]), "epochs": 1, "teacher": None, "folder": "run"}
+    subprocess.run([sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "notebook.ipynb"],
+                   cwd=empty, check=True, stdin=subprocess.DEVNULL, capture_output=True,
+                   env={**os.environ, "PYTHONPATH": str(tmp_path / "packages"), "COLAB_RELEASE_TAG": "release",
+                        "S9_SETTINGS": json.dumps(settings)})
+    assert (empty / "S9" / "S9-main" / "run" / "NetDilated.pt").exists()
+
+
+@pytest.mark.skipif(not (HERE / ".git").exists(), reason="this is no clone")
 def test_the_first_cell_says_what_an_old_repository_lacks(first_cell):
     with pytest.raises(FileNotFoundError, match="S9-main lacks recipe.py, sample/test.webp: take a whole copy"):
         first_cell(git_archive("recipe.py", "sample/test.webp"))
@@ -208,7 +234,7 @@ def other_zip():
     return {"other.zip": b""}
 
 
-@pytest.mark.parametrize("upload, message", [(other_zip, "S9 lacks checkpoint.py, dataset.py, "),
+@pytest.mark.parametrize("upload, message", [(other_zip, "S9 lacks checker, checkpoint.py, "),
                                              (dict, "no file is no zip file: choose that of the repository")])
 def test_the_first_cell_says_that_a_file_is_not_the_repository(upload, message, first_cell):
     Path("S9").mkdir()
@@ -235,7 +261,7 @@ def test_the_first_cell_clones_a_repository_that_has_an_address(first_cell, tmp_
 
 def test_elsewhere_the_first_cell_asks_for_nothing(first_cell, monkeypatch):
     monkeypatch.delenv("COLAB_RELEASE_TAG")
-    with pytest.raises(FileNotFoundError, match="lacks checkpoint.py, .*: take a whole copy of the repository"):
+    with pytest.raises(FileNotFoundError, match="lacks checker, .*: take a whole copy of the repository"):
         first_cell(lambda: pytest.fail("it asked"))
 
 

@@ -14,11 +14,13 @@ from torchvision import transforms
 
 import dataset
 from answers import ANSWERS
+from checker.answers import check_file, main
+from checker.layout import layers_table
+from checker.operations import count_macs, gradient_of_the_middle, receptive_field, trace
+from checker.tables import markdown_table
 from dataset import FILL, train_transform
-from layout import layers_table
 from model import NETWORKS, ConvBNAct, NetDilated, Network, bsconv, build_network, conv
-from rules import Row, check_file, check_rules, format_rules, main, rules_table
-from tracing import count_macs, gradient_of_the_middle, markdown_table, receptive_field, trace
+from rules import Row, check_rules, format_rules, rules_table
 
 VERDICTS = {"holds": True, "BROKEN": False, "undecided": None}
 

@@ -19,13 +19,13 @@ from torch.utils.data import DataLoader, TensorDataset
 import device
 import train
 import utils
+from checker.operations import count_parameters
 from checkpoint import Checkpoint
 from dataset import load_dataset, make_loader, normalise
 from device import autocast, make_scaler
 from model import NetDilated
 from recipe import Recipe, make_ema, make_optimizer, make_scheduler, seed_everything
 from tiny import SHORT, Run, Tiny, equal, state
-from tracing import count_parameters
 
 HISTORY = {"train_loss": [2.0, 1.0, 0.8, 0.7], "train_accuracy": [20.0, 60.0, 70.0, 75.0],
            "test_loss": [2.1, 0.9, 0.7, 0.6], "test_accuracy": [21.0, 65.0, 75.0, 80.0],

@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 from torch import nn
 
+from checker.operations import trace
+from checker.tables import markdown_table
+from checker.tracer import Operation
 from dataset import CLASSES
-from tracing import Operation, markdown_table, trace
 
 Unit = tuple[Operation, ...]  # a convolution, or a depthwise one with its pointwise one
 

@@ -1,0 +1,120 @@
+"""`python rules.py answers/*.py`: the rules on a folder of answers, each file in a process of its own."""
+import argparse
+import contextlib
+import csv
+import importlib.util
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from torch import nn
+
+import rules
+from checker.tables import text_table
+from rules import HOLDS, Row, check_rules
+
+CHECK_ONE = "--check-one"  # the argument that marks a process of `check_file`
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print one table for files of networks: a row for each file, a column for each rule."""
+    if sys.argv[1:2] == [CHECK_ONE]:
+        return _check_one(*sys.argv[2:])
+    parser = argparse.ArgumentParser(
+        description="Check the assignment's rules on the networks in Python files, and print a table.",
+        epilog="The files are executed, each in a process of its own: do not run it on files that you do not trust. "
+        "Of each file, the network is the class Net, or else the last nn.Module class of that file that can be built "
+        "without arguments.")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a Python file with a network; it is executed")
+    parser.add_argument("--csv", metavar="FILE", help="write the table with all measurements to this file, too")
+    parser.add_argument("--timeout", type=float, default=60, metavar="SECONDS", help="time for each file (default 60)")
+    options = parser.parse_args(arguments)
+    answers = {file: check_file(file, options.timeout) for file in options.files}
+    print(format_answers(answers))
+    if options.csv:
+        with open(options.csv, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(_answer_lines(answers, lambda row: f"{row.verdict}: {row.measured}"))
+
+
+def check_file(file: str, timeout: float = 60) -> list[Row] | str:
+    """Check the network in a Python file, which is executed in a process of its own; return its rows or an error."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "rows.json")
+        process = subprocess.Popen([sys.executable, rules.__file__, CHECK_ONE, str(Path(file).resolve()), str(path)],
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   start_new_session=True)
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return f"took longer than {timeout:g} seconds"
+        finally:
+            _end(process)
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return f"ended its process with exit code {process.returncode}"
+    return result if isinstance(result, str) else [Row(*row) for row in result]
+
+
+def _end(process):
+    """End a process and whatever it started."""
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+    process.wait()
+
+
+def _check_one(file, path):
+    """Write the rows of the network in a file, or its error, as JSON."""
+    try:
+        result = check_rules(_load_network(Path(file)))
+    except BaseException as error:  # a file that exits is an error, too
+        result = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    Path(path).write_text(json.dumps(result), encoding="utf-8")
+
+
+def _load_network(file):
+    """Return the network of a file: its class Net, or the last nn.Module class that can be built."""
+    for name in ("dataset", "rules", "checker"):  # the file may have modules of these names beside it
+        sys.modules.pop(name, None)
+    sys.path[0] = str(file.parent)
+    spec = importlib.util.spec_from_file_location(f"answer_{file.stem}", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    classes = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, nn.Module)
+               and value.__module__ == spec.name]
+    net = getattr(module, "Net", None)
+    if net in classes:
+        return net()
+    for value in sorted(classes, key=lambda value: inspect.getsourcelines(value)[1], reverse=True):
+        with contextlib.suppress(TypeError):
+            return value()
+    raise ValueError("no class of a network that can be built without arguments")
+
+
+def _answer_lines(answers, cell):
+    """Return the table of answers: a line for each file, a column for each rule."""
+    rules = list(dict.fromkeys(row.rule for rows in answers.values() if isinstance(rows, list) for row in rows))
+    lines = [["file", *rules, "error"]]
+    for file, rows in answers.items():
+        if isinstance(rows, str):
+            lines.append([file, *[""] * len(rules), rows])
+        else:
+            cells = {row.rule: cell(row) for row in rows}
+            lines.append([file, *(cells.get(rule, "") for rule in rules), ""])
+    return lines
+
+
+def format_answers(answers: dict[str, list[Row] | str]) -> str:
+    """Return the verdicts of many files as a text table, and after it what was seen where one is not "holds"."""
+    lines = [line[:-1] for line in _answer_lines(answers, lambda row: row.verdict)]
+    lines = [[file, *(cells if any(cells) else ["error"] * len(cells))] for file, *cells in lines]
+    notes = []
+    for file, rows in answers.items():
+        notes += [(file, "error", rows)] if isinstance(rows, str) else [
+            (file, row.verdict, f"{row.rule}: {row.measured}") for row in rows if row.verdict != HOLDS]
+    return text_table(lines, most=16) + ("\n\n" + text_table(notes) if notes else "")

@@ -1,0 +1,115 @@
+"""What a network does to an image, operation by operation, whatever its modules are called.
+
+`trace` lists the operations; `receptive_field`, `count_macs` and `count_parameters` are single figures.
+"""
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from checker.tracer import End, Operation, Tracer
+
+
+def trace(model: nn.Module, shape: tuple[int, ...] = (3, 32, 32)) -> list[Operation]:
+    """Run the network on images of that shape and return its `Operation`s in order.
+
+    With every tensor goes the square of pixels that each of its elements can see. Slices and permutations move these
+    squares as they move the elements. A window adds (kernel - 1) * dilation * jump to their sides; where paths meet,
+    the square around both counts. The jump is the distance of neighbouring positions in pixels of the image. A stride
+    multiplies it; upsampling has a stride below 1. Araujo et al., Computing receptive fields of convolutional neural
+    networks, https://distill.pub/2019/computing-receptive-fields/.
+    """
+    return run_traced(model, torch.zeros(2, *shape))[0]
+
+
+def run_traced(model: nn.Module, images: torch.Tensor) -> tuple[list[Operation], object]:
+    """Return the operations of the network on float32 (N, C, H, W) images, and what it returns for them.
+
+    It runs in float32 on the CPU, or, if its own code asks for another type or device, as it is.
+    """
+    try:
+        with torch.no_grad(), _evaluated(model), Tracer(model) as tracer:
+            tracer.follow(images)
+            return tracer.operations, model(images)
+    except Exception:
+        first = next((each for each in model.parameters() if each.is_floating_point()), images)
+        if (first.dtype, first.device) == (images.dtype, images.device):
+            raise
+    images = images.to(first.device, first.dtype)
+    with torch.no_grad(), _evaluated(model, as_it_is=True), Tracer(model) as tracer:
+        tracer.follow(images)
+        return tracer.operations, model(images)
+
+
+def receptive_field(model: nn.Module) -> int | float:
+    """Return the theoretical receptive field, in whole pixels, of one position before the global pooling.
+
+    It is infinite if a position sees the whole image at any size, as after self-attention. What is pooled from a map
+    only to weigh it, as in squeeze-and-excitation, does not count.
+    """
+    field = field_before(trace(model))
+    return field if math.isinf(field) else int(field + 1e-6)
+
+
+def field_before(operations: list[Operation]) -> float:
+    """Return the receptive field, in pixels, at the end of the map: before the global pooling or what stands for it."""
+    last = max((place for place, each in enumerate(operations) if each.kind in ("convolution", "pooling", "attention")),
+               default=-1)
+    if last >= 0 and operations[last].kind == "pooling" and operations[last].size[1] == 1:
+        return operations[last].receptive_field  # what pools only a part, but leaves one position
+    ends = [each for each in operations[last + 1:] if each.kind == "fully connected" or "global" in each.kind]
+    return ends[0].receptive_field if ends else operations[last].receptive_field if last >= 0 else 1
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trainable parameters."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def count_macs(model: nn.Module, shape: tuple[int, ...] = (3, 32, 32)) -> int:
+    """Return the multiply-accumulates of the convolutions and linear layers for one image of that shape."""
+    with torch.no_grad(), _evaluated(model), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *shape))
+    return counter.get_total_flops() // 2
+
+
+def gradient_of_the_middle(model: nn.Module, images: torch.Tensor, end: int) -> torch.Tensor:
+    """Return how much each pixel of (N, 3, H, W) images weighs in the middle of a feature map.
+
+    The map is the one before operation number `end` of `trace`. The result is (H, W): the magnitudes of the gradient,
+    summed over channels and images.
+    """
+    total = torch.zeros(images.shape[2:])
+    for image in images.split(1):
+        image = image.requires_grad_()
+        with torch.enable_grad(), _evaluated(model), Tracer(model, end) as tracer, contextlib.suppress(End):
+            tracer.follow(image)
+            model(image)
+        height, width = tracer.last.shape[2:]
+        (gradient,) = torch.autograd.grad(tracer.last[..., height // 2, width // 2].sum(), image)
+        total += gradient.abs().sum((0, 1))
+    return total
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module, as_it_is: bool = False) -> Iterator[None]:
+    """Keep the model in evaluation mode, in float32 on the CPU unless `as_it_is`, and leave its state as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers())
+               if not (as_it_is or nn.parameter.is_lazy(tensor)) and tensor.is_floating_point()]
+    values, fast = [tensor.data for tensor in tensors], torch.backends.mha.get_fastpath_enabled()
+    try:
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.data = value.float().cpu()
+        torch.backends.mha.set_fastpath_enabled(False)  # one call that hides all operations of an encoder layer
+        model.eval()
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.data = value
+        for module, training in modes:
+            module.training = training
