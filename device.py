@@ -22,7 +22,7 @@ def pick_device(name: str | None = None) -> torch.device:
         # Keeping them makes the training step 1.4 (NetDilated) to 2 (PublishedDepthwise) times as fast.
         mallopt, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None).mallopt, -1, -4
         mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TRIM_THRESHOLD, -1)  # never
     return torch.device(name)
 
 

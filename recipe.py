@@ -199,27 +199,34 @@ class Muon(torch.optim.SGD):
     def step(self, closure: Callable | None = None):
         """Update all parameters that have a gradient."""
         for group in self.param_groups:
-            for parameter in group["params"] if group.get("orthogonal") else []:
-                if parameter.grad is None:  # as SGD does
-                    continue
-                state, momentum = self.state[parameter], group["momentum"]
-                state["momentum_buffer"] = momentum * state.get("momentum_buffer", 0) + parameter.grad
-                update = zeropower_via_newtonschulz5((parameter.grad + momentum * state["momentum_buffer"]).flatten(1))
-                parameter.mul_(len(parameter)**0.5 / parameter.norm())
-                parameter.sub_(update.view_as(parameter), alpha=self.ratio * group["lr"])
-                parameter.grad = None  # SGD passes over it
+            parameters = [each for each in group["params"] if group.get("orthogonal") and each.grad is not None]
+            for shape in {each.shape for each in parameters}:
+                self._update([each for each in parameters if each.shape == shape], group["momentum"], group["lr"])
         return super().step(closure)
 
+    def _update(self, parameters, momentum, lr):
+        """Update parameters of one shape, whose matrices are made orthogonal in one batch."""
+        directions = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            state["momentum_buffer"] = momentum * state.get("momentum_buffer", 0) + parameter.grad
+            directions.append((parameter.grad + momentum * state["momentum_buffer"]).flatten(1))
+            parameter.grad = None  # SGD passes over it
+        updates = zeropower_via_newtonschulz5(torch.stack(directions))
+        for parameter, update in zip(parameters, updates, strict=True):
+            parameter.mul_(len(parameter)**0.5 / parameter.norm())
+            parameter.sub_(update.view_as(parameter), alpha=self.ratio * lr)
 
-def zeropower_via_newtonschulz5(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the (M, N) matrix with its singular values brought near 1, to 0.6 to 1.3 where they are not tiny.
+
+def zeropower_via_newtonschulz5(matrices: torch.Tensor) -> torch.Tensor:
+    """Return (..., M, N) matrices with their singular values brought near 1, to 0.6 to 1.3 where they are not tiny.
 
     Five steps of Jordan's Newton-Schulz iteration, https://kellerjordan.github.io/posts/muon/.
     """
-    if matrix.shape[0] > matrix.shape[1]:
-        return zeropower_via_newtonschulz5(matrix.T).T
-    matrix = matrix / (matrix.norm() + 1e-7)
+    if matrices.shape[-2] > matrices.shape[-1]:
+        return zeropower_via_newtonschulz5(matrices.mT).mT
+    matrices = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
-        square = matrix @ matrix.T
-        matrix = 3.4445 * matrix + (2.0315 * square @ square - 4.775 * square) @ matrix
-    return matrix
+        squares = matrices @ matrices.mT
+        matrices = 3.4445 * matrices + (2.0315 * squares @ squares - 4.775 * squares) @ matrices
+    return matrices

@@ -162,6 +162,12 @@ def test_newton_schulz_keeps_the_singular_vectors_and_brings_the_values_near_one
         assert (turned - turned.diagonal().diag()).abs().max() < 1e-3
 
 
+def test_newton_schulz_treats_each_matrix_of_a_batch_as_if_it_were_alone():
+    matrices = torch.randn(3, 8, 12)
+    torch.testing.assert_close(zeropower_via_newtonschulz5(matrices),
+                               torch.stack([zeropower_via_newtonschulz5(each) for each in matrices]))
+
+
 def test_two_steps_of_muon():
     """Recomputed: SGD for the linear layer, an orthogonal step of a tenth of the rate for the convolution."""
     torch.manual_seed(0)
