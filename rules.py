@@ -53,30 +53,30 @@ def check_rules(model: nn.Module, transform: A.BasicTransform | A.BaseCompose | 
         ValueError: the network does not run on such an image, or returns something else; the transform is none of
             albumentations, or fails.
     """
-    operations = _trace_any(model)
+    operations, _, unused = _run_any(model)
     layout = find_blocks(operations)
     return [
         check_four_blocks(layout), check_three_convolutions(layout), check_strides(layout), check_pooling(operations),
         check_receptive_field(operations), check_separable(operations), check_dilated(operations),
-        check_global_pooling(operations), check_fully_connected(operations), check_parameters(model),
+        check_global_pooling(operations), check_fully_connected(operations), check_parameters(model, unused),
         *(check_transform(transform) if transform is not None else []),
     ]
 
 
-def _trace_any(model):
-    """Return the operations of a network that anybody wrote. A ValueError says that it is none for this task."""
+def _run_any(model):
+    """Run a network that anybody wrote. A ValueError says that it is none for this task."""
     name = type(model).__name__
     model = getattr(model, "_orig_mod", model)  # what torch.compile was given
     try:
-        operations, result = run_traced(model, torch.zeros(2, 3, 32, 32))
+        run = run_traced(model, torch.zeros(2, 3, 32, 32))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{name} does not run on (2, 3, 32, 32) images ({reason}): it has to take (N, 3, 32, 32) and "
-                         "return (N, 10)") from error
-    shape = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
+        raise ValueError(f"{name} does not run on (2, 3, 32, 32) images ({reason}): it has to take (N, 3, 32, 32) on "
+                         "this machine, and return (N, 10)") from error
+    shape = tuple(run.result.shape) if isinstance(run.result, torch.Tensor) else type(run.result).__name__
     if shape != (2, len(CLASSES)):
         raise ValueError(f"{name} turns (2, 3, 32, 32) images into {shape}: it has to return (N, 10)")
-    return operations
+    return run
 
 
 # ---------------------------------------------------------------- blocks
@@ -97,8 +97,11 @@ def check_four_blocks(layout: Layout) -> Row:
     """There are four blocks."""
     bonus = ", told by their dilations (the bonus form)" if layout.bonus else ""
     sizes = [f"{block[0][0].size[0]}x{block[0][0].size[0]}" for block in layout.blocks]
-    return _block_row(layout, 0, "four blocks", f"{len(layout.blocks)}{layout.note}{bonus}",
-                      lambda: f"convolutions on maps of {_listed(sizes)}" if sizes else "no convolution")
+
+    def reason():
+        what = "blocks end where dilations change" if layout.bonus else f"convolutions on maps of {_listed(sizes)}"
+        return what if sizes else "no convolution"
+    return _block_row(layout, 0, "four blocks", f"{len(layout.blocks)}{layout.note}{bonus}", reason)
 
 
 def check_three_convolutions(layout: Layout) -> Row:
@@ -175,8 +178,11 @@ def check_receptive_field(operations: list[Operation]) -> Row:
 
 def check_separable(operations: list[Operation]) -> Row:
     """There is a depthwise-separable convolution: a depthwise and a pointwise one that work on one another."""
-    pairs = sum(len(unit) == 2 for unit in convolution_units(operations))
-    return _row("a depthwise-separable convolution", f"{pairs}", pairs > 0)
+    units = convolution_units(operations)
+    pairs = sum(len(unit) > 1 for unit in units)
+    alone = [name_of(unit) for unit in units if any(operation.groups > 1 for operation in unit)]
+    reason = f": no pointwise one works on the same channels as {alone[0]}" if alone else ": no grouped convolution"
+    return _row("a depthwise-separable convolution", f"{pairs}" + (reason if not pairs else ""), pairs > 0)
 
 
 def check_dilated(operations: list[Operation]) -> Row:
@@ -207,16 +213,20 @@ def check_fully_connected(operations: list[Operation]) -> Row:
     """After the last convolution there is at most one fully connected layer; a 1x1 convolution of a 1x1 map is one."""
     used = _used(operations)
     head = [each for place, each in enumerate(operations) if each.kind == "fully connected" and place not in used]
-    measured = "fully connected" if len(head) == 1 else "nothing"
+    measured = "fully connected" if len(head) == 1 else "none"
     if len(head) > 1:
         measured = f"{len(head)}: " + _listed([place_of(each) for each in head])
     return _row("then at most one fully connected layer", measured, len(head) <= 1)
 
 
-def check_parameters(model: nn.Module) -> Row:
-    """There are few enough parameters, frozen ones included."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return _row(f"fewer than {PARAMETER_LIMIT:,} parameters", f"{parameters:,}", parameters < PARAMETER_LIMIT)
+def check_parameters(model: nn.Module, unused: dict[str, int]) -> Row:
+    """There are few enough parameters, frozen ones included. It is undecided if only those that are used are."""
+    rule, parameters = f"fewer than {PARAMETER_LIMIT:,} parameters", sum(each.numel() for each in model.parameters())
+    measured, idle = f"{parameters:,}", sum(unused.values())
+    measured += f", {idle:,} of them in layers that are not used ({_listed(list(unused))})" if idle else ""
+    if parameters - idle < PARAMETER_LIMIT <= parameters:
+        return Row(rule, measured, UNDECIDED)
+    return _row(rule, measured, parameters < PARAMETER_LIMIT)
 
 
 # ---------------------------------------------------------------- augmentation

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 from torch import nn
@@ -28,8 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Check the assignment's rules on the networks in Python files, and print a table.",
         epilog="The files are executed, each in a process of its own: do not run it on files that you do not trust. "
-        "Of each file, the network is the class Net, or else the last nn.Module class of that file that can be built "
-        "without arguments.")
+        "Of each file, the network is Net, or else the nn.Module class that keeps the most rules, of those that can be "
+        "built without arguments.")
     parser.add_argument("files", nargs="+", metavar="FILE", help="a Python file with a network; it is executed")
     parser.add_argument("--csv", metavar="FILE", help="write the table with all measurements to this file, too")
     parser.add_argument("--timeout", type=float, default=60, metavar="SECONDS", help="time for each file (default 60)")
@@ -41,8 +42,12 @@ def main(arguments: list[str] | None = None) -> None:
             csv.writer(file).writerows(_answer_lines(answers, lambda row: f"{row.verdict}: {row.measured}"))
 
 
-def check_file(file: str, timeout: float = 60) -> list[Row] | str:
-    """Check the network in a Python file, which is executed in a process of its own; return its rows or an error."""
+def check_file(file: str, timeout: float = 60) -> tuple[str, list[Row]] | str:
+    """Check the network in a Python file, which is executed in a process of its own.
+
+    Returns:
+        the name of the class and its rows, or an error.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.json")
         process = subprocess.Popen([sys.executable, rules.__file__, CHECK_ONE, str(Path(file).resolve()), str(path)],
@@ -58,7 +63,7 @@ def check_file(file: str, timeout: float = 60) -> list[Row] | str:
             result = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return f"ended its process with exit code {process.returncode}"
-    return result if isinstance(result, str) else [Row(*row) for row in result]
+    return result if isinstance(result, str) else (result[0], [Row(*row) for row in result[1]])
 
 
 def _end(process):
@@ -69,52 +74,67 @@ def _end(process):
 
 
 def _check_one(file, path):
-    """Write the rows of the network in a file, or its error, as JSON."""
+    """Write the name and the rows of the network in a file, or its error, as JSON."""
     try:
-        result = check_rules(_load_network(Path(file)))
+        result = _check_module(_import(Path(file)))
     except BaseException as error:  # a file that exits is an error, too
-        result = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        result = _message(error)
     Path(path).write_text(json.dumps(result), encoding="utf-8")
 
 
-def _load_network(file):
-    """Return the network of a file: its class Net, or the last nn.Module class that can be built."""
-    for name in ("dataset", "rules", "checker"):  # the file may have modules of these names beside it
+def _message(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _import(file):
+    """Return the module of a file. It may import its neighbours, by their names or as those of a package."""
+    for name in ("dataset", "rules", "checker"):  # they may have the names of ours
         sys.modules.pop(name, None)
+    package = sys.modules[file.parent.name] = types.ModuleType(file.parent.name)
+    package.__path__ = [str(file.parent)]
     sys.path[0] = str(file.parent)
-    spec = importlib.util.spec_from_file_location(f"answer_{file.stem}", file)
+    spec = importlib.util.spec_from_file_location(f"{file.parent.name}.{file.stem}", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    classes = [value for value in vars(module).values() if inspect.isclass(value) and issubclass(value, nn.Module)
-               and value.__module__ == spec.name]
-    net = getattr(module, "Net", None)
-    if net in classes:
-        return net()
-    for value in sorted(classes, key=lambda value: inspect.getsourcelines(value)[1], reverse=True):
-        with contextlib.suppress(TypeError):
-            return value()
-    raise ValueError("no class of a network that can be built without arguments")
+    return module
+
+
+def _check_module(module):
+    """Return the name and the rows of `Net`, or else of the class that keeps the most rules of those that run."""
+    if callable(getattr(module, "Net", None)):
+        return "Net", check_rules(module.Net())
+    checked, errors = {}, []
+    for name, value in vars(module).items():
+        if inspect.isclass(value) and issubclass(value, nn.Module) and value.__module__ == module.__name__:
+            try:
+                checked[name] = check_rules(value())
+            except Exception as error:  # a part of a network, or a network for other images
+                errors.append(f"{name}: {_message(error)}")
+    if not checked:
+        raise ValueError("; ".join(errors) or "there is no class of a network")
+    return max(checked.items(), key=lambda item: sum(row.verdict == HOLDS for row in item[1]))
 
 
 def _answer_lines(answers, cell):
     """Return the table of answers: a line for each file, a column for each rule."""
-    rules = list(dict.fromkeys(row.rule for rows in answers.values() if isinstance(rows, list) for row in rows))
-    lines = [["file", *rules, "error"]]
-    for file, rows in answers.items():
-        if isinstance(rows, str):
-            lines.append([file, *[""] * len(rules), rows])
+    columns = list(dict.fromkeys(row.rule for answer in answers.values() if not isinstance(answer, str)
+                                 for row in answer[1]))
+    lines = [["file", "network", *columns, "error"]]
+    for file, answer in answers.items():
+        if isinstance(answer, str):
+            lines.append([file, "", *[""] * len(columns), answer])
         else:
-            cells = {row.rule: cell(row) for row in rows}
-            lines.append([file, *(cells.get(rule, "") for rule in rules), ""])
+            cells = {row.rule: cell(row) for row in answer[1]}
+            lines.append([file, answer[0], *(cells.get(column, "") for column in columns), ""])
     return lines
 
 
-def format_answers(answers: dict[str, list[Row] | str]) -> str:
+def format_answers(answers: dict[str, tuple[str, list[Row]] | str]) -> str:
     """Return the verdicts of many files as a text table, and after it what was seen where one is not "holds"."""
     lines = [line[:-1] for line in _answer_lines(answers, lambda row: row.verdict)]
     lines = [[file, *(cells if any(cells) else ["error"] * len(cells))] for file, *cells in lines]
     notes = []
-    for file, rows in answers.items():
-        notes += [(file, "error", rows)] if isinstance(rows, str) else [
-            (file, row.verdict, f"{row.rule}: {row.measured}") for row in rows if row.verdict != HOLDS]
+    for file, answer in answers.items():
+        notes += [(file, "error", answer)] if isinstance(answer, str) else [
+            (file, row.verdict, f"{row.rule}: {row.measured}") for row in answer[1] if row.verdict != HOLDS]
     return text_table(lines, most=16) + ("\n\n" + text_table(notes) if notes else "")

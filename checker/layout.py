@@ -17,28 +17,39 @@ Unit = tuple[Operation, ...]  # a convolution, or a depthwise one with its point
 def convolution_units(operations: list[Operation], early: bool = False) -> list[Unit]:
     """Return the convolutions, each as a tuple of operations.
 
-    A depthwise convolution and the pointwise one before or after it are one unit. Between two pointwise ones it belongs
-    to the later one, or to the earlier one if `early`.
+    A depthwise convolution and the pointwise one before or after it are one unit, with several depthwise ones side by
+    side as with one. Between two pointwise ones it belongs to the later one, or to the earlier one if `early`.
     """
-    chains = {}  # place of its last operation -> a chain of depthwise and pointwise ones in turn
+    chains = {}  # place of its last operation -> places of depthwise and of pointwise ones, in turn
     for place, operation in enumerate(operations):
         if operation.kind == "convolution":
-            source = _only(operation.sources)
-            if source is not None and operations[source].kind == "resize" and operations[source].stride > 1:
-                source = _only(operations[source].sources)  # every other position of the one before
-            roles = {_role(operation), _role(operations[source])} if source in chains else set()
-            chain = chains.pop(source) if roles == {"depthwise", "pointwise"} else []
-            chains[place] = [*chain, place]
+            partners = _partners(operations, chains, operation)
+            links = [chains.pop(partner) for partner in partners]
+            before = [step for link in links for step in link[:-1]]
+            chains[place] = [*before, *([partners] if partners else []), (place,)]
     units = []
     for chain in chains.values():
-        single = len(chain) % 2 and _role(operations[chain[0]]) == "pointwise" and not early
+        single = len(chain) % 2 and _role(operations[chain[0][0]]) == "pointwise" and not early
         parts = [chain[:1]] * single + [chain[first:first + 2] for first in range(single, len(chain), 2)]
-        units += [part for part in parts if part]
+        units += [sum(part, ()) for part in parts if part]
     return [tuple(operations[place] for place in unit) for unit in sorted(units)]
 
 
-def _only(places):
-    return next(iter(places)) if len(places) == 1 else None
+def _partners(operations, chains, operation):
+    """Return the places of the depthwise convolutions that a pointwise one works on, or the other way round.
+
+    What they work on themselves may be added to their results, as in a shortcut around them.
+    """
+    sources = operation.sources
+    if len(sources) == 1:
+        (source,) = sources
+        if operations[source].kind == "resize" and operations[source].stride > 1:
+            sources = operations[source].sources  # every other position of the one before
+    wanted = {"pointwise": "depthwise", "depthwise": "pointwise"}.get(_role(operation))
+    partners = tuple(sorted(place for place in sources if place in chains and _role(operations[place]) == wanted))
+    around = set().union(*(operations[place].sources for place in partners))
+    alone = len(partners) == 1 or wanted == "depthwise"
+    return partners if alone and sources - set(partners) <= around else ()
 
 
 def _role(operation):
@@ -52,7 +63,8 @@ def describe(unit: Unit) -> str:
     kernels = " + ".join("pointwise" if _role(each) == "pointwise" else f"{each.kernel}x{each.kernel} {_role(each)}"
                          for each in unit)
     return kernels + "".join(f", {name} {max(values):g}" for name, values in (
-        ("dilation", [each.dilation for each in unit]), ("stride", [each.stride for each in unit])) if max(values) > 1)
+        ("dilation", [each.dilation for each in unit if each.kernel > 1]),
+        ("stride", [each.stride for each in unit])) if max(values, default=1) > 1)
 
 
 def layers_table(model: nn.Module) -> str:
@@ -108,9 +120,10 @@ def is_dilated(unit: Unit) -> bool:
 def find_blocks(operations: list[Operation]) -> Layout:
     """Return the convolutions of a network in blocks.
 
-    A block is the convolutions that begin at the same resolution; in the bonus form, which has dilated convolutions
-    in the place of strides, it ends with a dilated one. The last convolution does not count if it gives the logits: it
-    is the O of C1C2C3C4O. Where a layout can be read in several ways, the one that keeps the most rules counts.
+    A block is the convolutions that begin at the same resolution; in the bonus form, which has dilated convolutions in
+    the place of some or all strides, it may end with a dilated one. The last convolution does not count if it gives the
+    logits: it is the O of C1C2C3C4O. Where a layout can be read in several ways, the one that keeps the most rules
+    counts.
     """
     first = next(iter(operations), None)
     upsampled = first and first.kind == "resize" and first.stride < 1 and not first.sources
@@ -123,10 +136,10 @@ def find_blocks(operations: list[Operation]) -> Layout:
             whole.reverse()
         for some in whole:
             jumps = sorted({round(unit[0].jump, 3) for unit in some})
-            readings.append(Layout([[unit for unit in some if round(unit[0].jump, 3) == jump] for jump in jumps],
-                                   note=note))
+            plain = Layout([[unit for unit in some if round(unit[0].jump, 3) == jump] for jump in jumps], note=note)
             bonus = [Layout(blocks, True, note) for blocks in _cut_at_dilations(some)]
-            readings[-1:] = [*bonus, readings[-1]] if len(jumps) == 1 else [readings[-1], *bonus]
+            readings += [*bonus, plain] if len(jumps) == 1 else [plain, *bonus]
+            readings.append(Layout(_cut_in_threes(plain.blocks), True, note))
     best = min(readings, key=lambda layout: sum(layout.faults()))
     twelve = any(len(layout.units()) == 12 for layout in readings)  # otherwise no doubt could save it
     return best._replace(doubt=_find_doubt(operations[bool(upsampled):]) if twelve else "")
@@ -135,6 +148,16 @@ def find_blocks(operations: list[Operation]) -> Layout:
 def _is_output(units):
     """Say whether the last convolution gives the logits."""
     return len(units) > 1 and units[-1][-1].channels[1] == len(CLASSES)
+
+
+def _cut_in_threes(blocks):
+    """Return the blocks, with those of six, nine or twelve convolutions cut where each third one is dilated."""
+    parts = []
+    for block in blocks:
+        threes = [block[first:first + 3] for first in range(0, len(block), 3)]
+        whole = len(block) % 3 == 0 and all(is_dilated(three[-1]) for three in threes[:-1])
+        parts += threes if whole else [block]
+    return parts
 
 
 def _cut_at_dilations(units):

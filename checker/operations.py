@@ -5,12 +5,21 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from checker.tracer import End, Operation, Tracer
+
+
+class Run(NamedTuple):
+    """One run of a network: its operations in order, what it returned, and the parameters that it did not use."""
+
+    operations: list[Operation]
+    result: object
+    unused: dict[str, int]  # the number of parameters of each module that has such
 
 
 def trace(model: nn.Module, shape: tuple[int, ...] = (3, 32, 32)) -> list[Operation]:
@@ -22,26 +31,32 @@ def trace(model: nn.Module, shape: tuple[int, ...] = (3, 32, 32)) -> list[Operat
     multiplies it; upsampling has a stride below 1. Araujo et al., Computing receptive fields of convolutional neural
     networks, https://distill.pub/2019/computing-receptive-fields/.
     """
-    return run_traced(model, torch.zeros(2, *shape))[0]
+    return run_traced(model, torch.zeros(2, *shape)).operations
 
 
-def run_traced(model: nn.Module, images: torch.Tensor) -> tuple[list[Operation], object]:
-    """Return the operations of the network on float32 (N, C, H, W) images, and what it returns for them.
+def run_traced(model: nn.Module, images: torch.Tensor) -> Run:
+    """Run the network on float32 (N, C, H, W) images.
 
     It runs in float32 on the CPU, or, if its own code asks for another type or device, as it is.
     """
     try:
-        with torch.no_grad(), _evaluated(model), Tracer(model) as tracer:
-            tracer.follow(images)
-            return tracer.operations, model(images)
+        return _run(model, images)
     except Exception:
         first = next((each for each in model.parameters() if each.is_floating_point()), images)
         if (first.dtype, first.device) == (images.dtype, images.device):
             raise
-    images = images.to(first.device, first.dtype)
-    with torch.no_grad(), _evaluated(model, as_it_is=True), Tracer(model) as tracer:
+    return _run(model, images.to(first.device, first.dtype), as_it_is=True)
+
+
+def _run(model, images, as_it_is=False):
+    with torch.no_grad(), _evaluated(model, as_it_is), Tracer(model) as tracer:
         tracer.follow(images)
-        return tracer.operations, model(images)
+        result, unused = model(images), {}
+        for name, parameter in model.named_parameters():
+            if not nn.parameter.is_lazy(parameter) and parameter.untyped_storage().data_ptr() not in tracer.memory:
+                module = name.rpartition(".")[0] or name
+                unused[module] = unused.get(module, 0) + parameter.numel()
+        return Run(tracer.operations, result, unused)
 
 
 def receptive_field(model: nn.Module) -> int | float:

@@ -43,12 +43,13 @@ class _Path:
     pooled: bool = False  # it has no positions any more
     whole: bool = False  # every position sees all others
     map: "_Path | None" = None  # before the mean over rows or columns, the first half of a global pooling
+    unpadded: int = 0  # the width of the map before it was padded, if it was
 
-    def field(self):
-        """Return the side of the largest square, in pixels."""
+    def field(self, pick=min):
+        """Return the side of the largest square, in pixels; of a rectangle, the shorter one."""
         seen = [-(low + high) + 1 for low, high in (self.reach[:2], self.reach[2:])]
         sides = [side[side.isfinite()] for side in seen]
-        return math.inf if self.whole else max(float(side.max()) if side.numel() else 1.0 for side in sides)
+        return math.inf if self.whole else pick(float(side.max()) if side.numel() else 1.0 for side in sides)
 
     def sides(self):
         """Return how many positions the tensor has along the height and the width of the image."""
@@ -78,6 +79,7 @@ class Tracer(TorchDispatchMode):
     def __init__(self, model, end=None):
         super().__init__()
         self.operations, self.end, self.last = [], end, None  # the last (N, C, H, W) map
+        self.memory = set()  # where the tensors lie that were used
         self.paths = WeakTensorKeyDictionary()  # tensor -> _Path
         self.names, self.stack = {module: name for name, module in model.named_modules()}, [""]
 
@@ -106,6 +108,7 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        self.memory.update(tensor.untyped_storage().data_ptr() for tensor in inputs if tensor.layout == torch.strided)
         tracked = [tensor for tensor in inputs if tensor in self.paths]
         if not tracked:  # it works on weights only
             return func(*args, **kwargs)
@@ -282,7 +285,7 @@ class Tracer(TorchDispatchMode):
     def _convolution(self, call):
         data, weight, _, stride, padding, dilation, transposed, _, groups = call.args[:9]
         before, output = call.known.get(id(data), call.paths[0]), call.outputs[0]
-        channels, sizes = (data.shape[1], output.shape[1]), (data.shape[-1], output.shape[-1])
+        channels, sizes = (data.shape[1], output.shape[1]), (before.unpadded or data.shape[-1], output.shape[-1])
         kernel, steps, gaps = weight.shape[2:], stride, dilation
         if data.ndim != 4:
             path = self._merged(call, output.shape, uniform=True)
@@ -299,6 +302,9 @@ class Tracer(TorchDispatchMode):
 
     def _pooling(self, call):
         data, output, before = call.args[0], call.outputs[0], call.paths[0]
+        if "3d" in call.name and _pair(call.args[1])[-2:] == [1, 1]:  # of channels, as local response norm does
+            reach = [each.amin(2, keepdim=True).expand(output.shape).clone() for each in before.reach]
+            return replace(before, reach=reach, sources=set(before.sources))
         if "adaptive" in call.name:
             steps = [side / out for side, out in zip(data.shape[-2:], output.shape[-2:], strict=False)]
             kernel, padding = [math.ceil(step) for step in steps], [0, 0]
@@ -348,8 +354,9 @@ class Tracer(TorchDispatchMode):
     def _padding(self, call):
         """Go on beyond the border as within."""
         padding = list(call.args[1])
-        return _window(call.paths[0], call.outputs[0].shape, [1, 1], [1, 1],
+        path = _window(call.paths[0], call.outputs[0].shape, [1, 1], [1, 1],
                        [padding[2] if len(padding) > 2 else 0, padding[0]], [1, 1])
+        return replace(path, unpadded=call.side())
 
     def _matrix(self, call):
         """Multiply by a matrix, which mixes what lies along its side: channels, a patch, or all positions."""
@@ -360,7 +367,7 @@ class Tracer(TorchDispatchMode):
         before, shape = call.known[id(data)], call.outputs[0].shape
         reach = [each.amin(axis, keepdim=data.ndim == len(shape)).expand(shape).clone() for each in before.reach]
         path, side = replace(before, reach=reach), max(before.sides())
-        kernel = 1 + round((path.field() - before.field()) / before.jump) if not before.whole else 1
+        kernel = 1 + round((path.field(max) - before.field(max)) / before.jump) if not before.whole else 1
         if max(path.sides()) == 1:
             path.pooled = True
             return self._record(call, "fully connected", path, before, (side, 1))
@@ -426,10 +433,10 @@ def _jump(path):
 
 
 def _step(line, otherwise):
-    """Return the distance of neighbouring positions in the middle of a line, if there are any."""
-    middle = (len(line) - 1) // 2
-    step = float(line[middle + 1] - line[middle]) if len(line) > 1 else 0
-    return step if 0 < step < math.inf else otherwise
+    """Return the distance of neighbouring positions in a line, if there are any and it is the same for all."""
+    steps = line.diff()
+    even = len(steps) and bool((steps == steps[0]).all()) and 0 < steps[0] < math.inf
+    return float(steps[0]) if even else otherwise
 
 
 def _window(before, shape, kernel, steps, padding, gaps):
@@ -448,4 +455,5 @@ def _window(before, shape, kernel, steps, padding, gaps):
         reach += [(first[middle] + places).expand(shape).clone(),
                   (last[middle] - places - jump * (length - 1) * gap).expand(shape).clone()]
         jumps.append(jump * step)
-    return replace(before, reach=reach, jump=min(jumps), sources=set(before.sources))
+    jump = max(min(jumps), before.jump * min(steps))  # of paths that met, the larger one counts
+    return replace(before, reach=reach, jump=jump, sources=set(before.sources), unpadded=0)

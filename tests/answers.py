@@ -80,7 +80,7 @@ class ConvBlocks(nn.Module):
         return F.log_softmax(self.fc(self.gap(x).view(-1, 40)), dim=-1)
 
 
-@answer(three=holds("3 3 3 3"), field=holds("95"), gap=holds("of 2x2"), linear=holds("nothing"))
+@answer(three=holds("3 3 3 3"), field=holds("95"), gap=holds("of 2x2"), linear=holds("none"))
 class OutputBeforePooling(nn.Module):
     """A 1x1 convolution to ten channels before the pooling is the O, and no fourth convolution of C4."""
 
@@ -592,7 +592,7 @@ class FireModule(nn.Module):
 
 
 @answer(four="2", three="4 4: C1 has 4 convolutions: 0 3x3 3→16", stride="C1 ends with", pair="0", dilated="0",
-        pool="2: 3x3 max pooling", field="15", linear=holds("nothing"))
+        pool="2: 3x3 max pooling", field="15", linear=holds("none"))
 def squeezenet():
     """Stem, fire, pooling, fire, and a 3x3 O, which is C2's fourth: 1 + 2 + 2 + 2 + 2 * 2 + 2 * 2 = 15."""
     return S(C(3, 16, 3, 1, 1), FireModule(16, 8, 16), nn.MaxPool2d(3, 2, 1), FireModule(32, 8, 16),
@@ -710,3 +710,115 @@ def narrow_squeeze_excite():
     layers = list(densenet())
     layers[5] = S(Gate(nn.AdaptiveAvgPool2d(1), C(48, 4, 1), nn.ReLU(), C(4, 48, 1), nn.Sigmoid()), layers[5])
     return S(*layers)
+
+
+def with_endings(endings):
+    """Four blocks that end with stride 2 ("2"), with dilation 2 in its place ("d") or with neither ("1")."""
+    kinds = {"2": (2, 1), "d": (1, 2), "1": (1, 1)}
+    widths = (3, 16, 24, 32, 40)
+    return S(*(block(a, b, 1, unit(b, b, *kinds[end])) for a, b, end in zip(widths, widths[1:], endings, strict=False)),
+             head(40))
+
+
+@answer(four=holds("4, told by their dilations"), field=holds("59"),
+        stride="1 1 2 | 1 1 d2 | 1 1 2 | 1 1 1 (d: dilated instead of strided, the bonus): C4 ends with 3.2.0")
+def bonus_that_fails_at_the_end():
+    """Stride 2, dilation 2, stride 2, neither. Jumps 1, 2, 2, 4: 1 + 2 * 3 * 9 + 2 * 2 = 59."""
+    return with_endings("2d21")
+
+
+@answer(four=holds("4, told by their dilations"), three=holds("3 3 3 3"), stride=holds("d2 d2 d2 | d2 d2 d2"),
+        pair="0: no grouped convolution", field=holds("49"))
+def dilated_throughout():
+    """No stride at all: 1 + 2 * 2 * 12 = 49."""
+    return S(*(unit(a, 8, 1, 2) for a in (3, *[8] * 11)), head(8))
+
+
+class Shrinking(nn.Module):
+    """Two convolutions without padding that halve the map, and a strided shortcut around them."""
+
+    def __init__(self, a, b, dilation):
+        super().__init__()
+        self.one, self.two = C(a, b, 3, dilation=dilation // 2), C(b, b, 3, dilation=dilation // 2)
+        self.shortcut = C(a, b, 1, 2)
+
+    def forward(self, x):
+        return self.two(self.one(x)) + self.shortcut(x)
+
+
+@answer(four="2: convolutions on maps of 32x32, 16x16", stride="C2 ends with 3.0 3x3 16→16", field="23",
+        pair="0: no grouped convolution")
+def shrinks_beside_a_stride():
+    """The map of 16x16 sees 1 + 2 * 8 = 17 pixels by way of two convolutions, which have jump 1: 17 + 2 * 3 = 23."""
+    return S(Shrinking(3, 16, 8), *(unit(16, 16) for _ in range(3)), head(16))
+
+
+@answer(four="3", three="1 1 1", stride="C3 ends with 2", field="7", pair="0: no grouped", dilated="0")
+def longer_than_wide():
+    """Two strides, then 1x9. Along the height 1 + 2 + 4 = 7 pixels, along the width 7 + 4 * 8 = 39."""
+    return S(unit(3, 8, 2), unit(8, 8, 2), C(8, 8, (1, 9), padding=(0, 4)), head(8))
+
+
+@answer(field=holds("95"), pool=holds("none"))
+def local_response_norm():
+    """It averages over neighbouring channels with PyTorch's pooling in three dimensions."""
+    return S(*body(), nn.LocalResponseNorm(5), head(40))
+
+
+class MixedKernels(nn.Module):
+    """MixConv: depthwise 3x3 on one half of the channels, 5x5 on the other, then pointwise."""
+
+    def __init__(self, a, b):
+        super().__init__()
+        self.small = C(a // 2, a // 2, 3, padding=1, groups=a // 2)
+        self.large = C(a // 2, a // 2, 5, padding=2, groups=a // 2)
+        self.pointwise = C(a, b, 1)
+
+    def forward(self, x):
+        one, other = x.chunk(2, 1)
+        return self.pointwise(torch.cat([self.small(one), self.large(other)], 1))
+
+
+class AddedBranches(nn.Module):
+    """RepVGG's branches and ConvMixer's shortcut: depthwise 3x3 + depthwise 1x1 + identity, then pointwise."""
+
+    def __init__(self, a, b):
+        super().__init__()
+        self.three, self.one = C(a, a, 3, padding=1, groups=a), C(a, a, 1, groups=a)
+        self.pointwise = C(a, b, 1)
+
+    def forward(self, x):
+        return self.pointwise(self.three(x) + self.one(x) + x)
+
+
+def with_separable(kind):
+    """Twelve convolutions, the second one of each block of that kind; the very first one is dilated."""
+    widths = (3, 16, 24, 32, 40)
+    return S(*(S(unit(a, b, 1, 1 + (a == 3)), kind(b, b), unit(b, b, 2))
+               for a, b in zip(widths, widths[1:], strict=False)), head(40))
+
+
+@answer(three=holds("3 3 3 3"), field=holds("123"), pair=holds("4"))
+def mixed_kernels():
+    """1 + 2 * 3 * 15 + 2 for the dilation + 2 * 15 for 5x5 in the place of 3x3 = 123."""
+    return with_separable(MixedKernels)
+
+
+@answer(three=holds("3 3 3 3"), field=holds("93"), pair=holds("4"))
+def added_branches():
+    """1 + 2 * 3 * 15 + 2 for the dilation = 93."""
+    return with_separable(AddedBranches)
+
+
+@answer(size=undecided("259,386, 200,416 of them in layers that are not used (unused, more)"), field=holds("97"))
+def unused_layers():
+    network = ConvBlocks()
+    network.unused, network.more = nn.Linear(500, 400), C(3, 4, 1)
+    return network
+
+
+@answer(four="2: convolutions on maps of 32x32, 16x16", three="1 2", stride="C2 ends with 2.0 3x3 8→8", field="11",
+        pair="0", dilated="0")
+def padded_by_other_means():
+    """Maps have the size before the padding, which is an operation of its own: 1 + 2 + 2 * 2 * 2 = 11."""
+    return S(unit(3, 8, 2), unit(8, 8, mode="replicate"), unit(8, 8, mode="reflect"), head(8))

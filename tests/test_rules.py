@@ -1,5 +1,6 @@
 """The table of rules, and what it is measured with, on our networks and on others in people's own styles."""
 import csv
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from torchvision import transforms
 
 import dataset
-from answers import ANSWERS
+from answers import ANSWERS, with_endings
 from checker.answers import check_file, main
 from checker.layout import layers_table
 from checker.operations import count_macs, gradient_of_the_middle, receptive_field, trace
@@ -137,6 +138,13 @@ def test_answers_in_other_styles_that_keep_the_rules_pass(style):
     assert rows["three convolutions in each"][0] == "3 3 3 3"
 
 
+@pytest.mark.parametrize("endings", ["".join(ends) for ends in itertools.product("2d", repeat=4)])
+def test_a_block_ends_with_a_stride_or_in_the_bonus_form_with_a_dilation(endings):
+    rows = table(with_endings(endings))
+    assert [rows[name][1] for name in BLOCKS] == [True] * 3 and rows["three convolutions in each"][0] == "3 3 3 3"
+    assert ("bonus" in rows["four blocks"][0]) == ("d" in endings)
+
+
 @pytest.mark.filterwarnings("ignore")  # of old ways that students still use
 @pytest.mark.parametrize("name", ANSWERS)
 def test_each_row_of_an_answer_is_as_worked_out_by_hand(name):
@@ -152,9 +160,10 @@ def test_pooling_between_blocks_is_named_and_ends_a_block():
     assert rows["stride 2 in the last of each, only there"] == (
         "1 1 1 | 1 1 1 | 1 1 1 | 1 1 1: C1 ends with convs.2 3x3 16→16", False)
     assert rows["no pooling but the final one"] == (", ".join(["forward: 2x2 max pooling"] * 4), False)
-    assert rows["a depthwise-separable convolution"] == ("0", False) and rows["a dilated convolution"] == ("0", False)
+    assert rows["a depthwise-separable convolution"] == ("0: no grouped convolution", False)
+    assert rows["a dilated convolution"] == ("0", False)
     assert rows["global average pooling at the end"] == ("global average pooling of 2x2", True)
-    assert rows["then at most one fully connected layer"] == ("nothing", True)
+    assert rows["then at most one fully connected layer"] == ("none", True)
 
 
 @pytest.mark.parametrize("antialias", [False, True])
@@ -184,21 +193,32 @@ def test_a_receptive_field_is_the_same_at_any_size_of_the_image():
     assert rows["fewer than"] == ("85,810", True)
 
 
+class Heavier(nn.Module):
+    """A network with 200,000 parameters more, which it uses."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network, self.more = network, nn.Parameter(torch.zeros(200_000), False)
+
+    def forward(self, x):
+        return self.network(x) + self.more.sum()
+
+
 def test_frozen_parameters_count():
-    network = PlainSequential()
-    network.more = nn.Linear(500, 500).requires_grad_(False)
-    assert table(network)["fewer than"][1] is False
+    assert table(Heavier(PlainSequential().requires_grad_(False)))["fewer than"][1] is False
 
 
 def test_a_pair_must_work_on_one_another():
     rows = table(SideBySide())
-    assert rows["a depthwise-separable convolution"] == ("0", False) and rows["three convolutions in each"][0] == (
+    assert rows["a depthwise-separable convolution"] == (
+        "0: no pointwise one works on the same channels as depthwise 3x3 depthwise 3→3", False)
+    assert rows["three convolutions in each"][0] == (
         "2: C1 has 2 convolutions: depthwise 3x3 depthwise 3→3, pointwise pointwise 3→3")
 
 
 @pytest.mark.parametrize("network, text", [
     (nn.Conv2d(1, 10, 3),
-     r"Conv2d does not run on \(2, 3, 32, 32\) images .*take \(N, 3, 32, 32\) and return \(N, 10\)"),
+     r"Conv2d does not run on \(2, 3, 32, 32\) images .*take \(N, 3, 32, 32\) .*and return \(N, 10\)"),
     (nn.Conv2d(3, 10, 3), r"Conv2d turns \(2, 3, 32, 32\) images into \(2, 10, 30, 30\): it has to return \(N, 10\)"),
 ], ids=["other images", "other result"])
 def test_a_network_for_another_task_is_refused_in_one_line(network, text):
@@ -292,7 +312,7 @@ BROKEN_NETWORKS = {
     "global average pooling at the end":
         lambda: narrow(set_head(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(8, 10))),
     "then at most one fully connected layer": lambda: narrow(set_head(*GAP, nn.Linear(8, 9), nn.Linear(9, 10))),
-    "fewer than": lambda: narrow(lambda model: setattr(model, "more", nn.Parameter(torch.zeros(200_000)))),
+    "fewer than": lambda: Heavier(narrow()),
 }
 
 
@@ -528,8 +548,8 @@ def layers():
 
 
 def test_a_folder_of_answers_is_one_table(tmp_path, capsys):
-    """The class Net, the last one that can be built, and files that fail in their own ways."""
-    files = {"net.py": NET.format("Net", "pass"), "last.py": NET.format("Mine", "def __init__(self, a): pass"),
+    """The class Net, another one, and files that fail in their own ways."""
+    files = {"net.py": NET.format("Net", "pass"), "mine.py": NET.format("Mine", "def __init__(self, a): pass"),
              "fails.py": "import nothing_such", "leaves.py": "import os; os._exit(3)"}
     for name, text in {**files, "model.py": LAYERS}.items():
         (tmp_path / name).write_text(text)
@@ -537,13 +557,53 @@ def test_a_folder_of_answers_is_one_table(tmp_path, capsys):
     lines, notes = capsys.readouterr().out.split("\n\n")
     rows = {line.split()[0]: line.split()[1:] for line in lines.splitlines() if line.startswith(str(tmp_path))}
     assert len(set(map(len, rows.values()))) == 1 and len(rows) == 4
-    net, last, fails, leaves = rows.values()
-    assert net == last and net[:4] == ["BROKEN", "BROKEN", "BROKEN", "holds"] and set(fails + leaves) == {"error"}
+    net, mine, fails, leaves = rows.values()
+    assert (net[0], mine[0]) == ("Net", "Mine") and net[1:] == mine[1:] and set(fails + leaves) == {"error"}
+    assert net[1:5] == ["BROKEN", "BROKEN", "BROKEN", "holds"]
     assert "ModuleNotFoundError: No module named 'nothing_such'" in notes and "with exit code 3" in notes
     assert "three convolutions in each: 1: C1 has 1 convolution: layers.0 3x3 3→10" in notes
     head, *cells = csv.reader((tmp_path / "table.csv").read_text(encoding="utf-8").splitlines())
-    assert head[:2] == ["file", "four blocks"] and head[-1] == "error" and [len(row) for row in cells] == [12] * 4
-    assert cells[0][4] == "holds: none" and "nothing_such" in cells[2][-1]
+    assert head[:3] == ["file", "network", "four blocks"] and head[-1] == "error"
+    assert [len(row) for row in cells] == [13] * 4 and cells[0][5] == "holds: none" and "nothing_such" in cells[2][-1]
+
+
+OLD_SESSIONS = """
+import torch.nn as nn
+from .block import Convolution  # of the package that the file's folder is
+from models.block import Convolution
+class ForDigits(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+class Answer(nn.Sequential):
+    def __init__(self):
+        super().__init__(Convolution(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+class Older(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 10, 3), nn.MaxPool2d(2), nn.AdaptiveMaxPool2d(1), nn.Flatten())
+class Broken(nn.Module):
+    def __init__(self):
+        super(Net, self).__init__()
+"""
+
+
+def test_of_several_networks_in_a_file_the_one_that_keeps_the_most_rules_counts(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "block.py").write_text("from torch.nn import Conv2d as Convolution")
+    (tmp_path / "models" / "model.py").write_text(OLD_SESSIONS)
+    name, rows = check_file(str(tmp_path / "models" / "model.py"))
+    assert name == "Answer" and rows[3].verdict == "holds"
+
+
+def test_a_file_without_a_network_that_runs_says_of_each_class_why(tmp_path):
+    (tmp_path / "digits.py").write_text(OLD_SESSIONS.split("class Answer")[0].replace("from", "# from"))
+    (tmp_path / "empty.py").write_text("")
+    assert "ForDigits does not run on (2, 3, 32, 32) images" in check_file(str(tmp_path / "digits.py"))
+    assert check_file(str(tmp_path / "empty.py")) == "ValueError: there is no class of a network"
+
+
+def test_a_function_can_build_the_network(tmp_path):
+    (tmp_path / "function.py").write_text(LAYERS.replace("layers", "Net"))
+    assert check_file(str(tmp_path / "function.py"))[0] == "Net"
 
 
 def test_a_file_that_does_not_end_is_stopped(tmp_path):
@@ -555,4 +615,4 @@ def test_the_help_says_that_files_are_executed(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "The files are executed" in text and "the class Net, or else the last nn.Module class" in text
+    assert "The files are executed" in text and "the network is Net, or else the nn.Module class that keeps" in text
