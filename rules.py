@@ -95,12 +95,13 @@ def _block_row(layout, number, rule, measured, reason):
 
 def check_four_blocks(layout: Layout) -> Row:
     """There are four blocks."""
-    bonus = ", told by their dilations (the bonus form)" if layout.bonus else ""
+    bonus = f", told by their {layout.bonus} (the bonus form)" if layout.bonus else ""
     sizes = [f"{block[0][0].size[0]}x{block[0][0].size[0]}" for block in layout.blocks]
 
     def reason():
-        what = "blocks end where dilations change" if layout.bonus else f"convolutions on maps of {_listed(sizes)}"
-        return what if sizes else "no convolution"
+        if layout.bonus:
+            return "they end with " + _listed([name_of(block[-1]) for block in layout.blocks])
+        return f"convolutions on maps of {_listed(sizes)}" if sizes else "no convolution"
     return _block_row(layout, 0, "four blocks", f"{len(layout.blocks)}{layout.note}{bonus}", reason)
 
 

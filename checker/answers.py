@@ -104,7 +104,7 @@ def _check_module(module):
     if callable(getattr(module, "Net", None)):
         return "Net", check_rules(module.Net())
     checked, errors = {}, []
-    for name, value in vars(module).items():
+    for name, value in list(vars(module).items()):
         if inspect.isclass(value) and issubclass(value, nn.Module) and value.__module__ == module.__name__:
             try:
                 checked[name] = check_rules(value())

@@ -83,7 +83,7 @@ class Layout(NamedTuple):
     """The convolutions of a network in blocks. A depthwise-separable convolution counts as one."""
 
     blocks: list[list[Unit]]
-    bonus: bool = False  # the blocks are told by dilations, not by strides
+    bonus: str = ""  # what tells the blocks of the bonus form, which has dilations in the place of strides
     note: str = ""
     doubt: str = ""  # what makes the blocks uncertain
 
@@ -137,9 +137,11 @@ def find_blocks(operations: list[Operation]) -> Layout:
         for some in whole:
             jumps = sorted({round(unit[0].jump, 3) for unit in some})
             plain = Layout([[unit for unit in some if round(unit[0].jump, 3) == jump] for jump in jumps], note=note)
-            bonus = [Layout(blocks, True, note) for blocks in _cut_at_dilations(some)]
+            bonus = [*(Layout(blocks, "1x1 convolutions", note) for blocks in _cut_after_transitions(some)),
+                     *(Layout(blocks, "dilations", note) for blocks in _cut_at_dilations(some))]
+            bonus.sort(key=lambda layout: (sum(layout.faults()), abs(len(layout.blocks) - 4)))
             readings += [*bonus, plain] if len(jumps) == 1 else [plain, *bonus]
-            readings.append(Layout(_cut_in_threes(plain.blocks), True, note))
+            readings.append(Layout(_cut_in_threes(plain.blocks), "dilations", note))
     best = min(readings, key=lambda layout: sum(layout.faults()))
     twelve = any(len(layout.units()) == 12 for layout in readings)  # otherwise no doubt could save it
     return best._replace(doubt=_find_doubt(operations[bool(upsampled):]) if twelve else "")
@@ -158,6 +160,14 @@ def _cut_in_threes(blocks):
         whole = len(block) % 3 == 0 and all(is_dilated(three[-1]) for three in threes[:-1])
         parts += threes if whole else [block]
     return parts
+
+
+def _cut_after_transitions(units):
+    """Return the way to tell blocks by 1x1 convolutions to fewer channels, if there are dilated convolutions at all."""
+    if not any(map(is_dilated, units)):
+        return []
+    return [_cut(units, [is_strided(unit) or (len(unit) == 1 and _role(unit[0]) == "pointwise"
+                                              and unit[0].channels[1] < unit[0].channels[0]) for unit in units[:-1]])]
 
 
 def _cut_at_dilations(units):

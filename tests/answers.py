@@ -734,6 +734,15 @@ def dilated_throughout():
     return S(*(unit(a, 8, 1, 2) for a in (3, *[8] * 11)), head(8))
 
 
+@answer(four=holds("4, told by their 1x1 convolutions"), three="4 4 4 3: C1 has 4 convolutions: ", field="27",
+        pair="0",
+        stride="1 1 d2 1 | 1 1 1 1 | 1 1 1 1 | 1 1 1 (d: dilated instead of strided, the bonus): C1 ends with")
+def transitions():
+    """Blocks of three with a 1x1 convolution between them: 1 + 2 * 12 + 2 for the dilation = 27."""
+    return S(unit(3, 8), unit(8, 8), unit(8, 16, 1, 2), C(16, 8, 1), unit(8, 8), unit(8, 8), unit(8, 16), C(16, 8, 1),
+             unit(8, 8), unit(8, 8), unit(8, 16), C(16, 8, 1), unit(8, 8), unit(8, 8), unit(8, 16), head(16))
+
+
 class Shrinking(nn.Module):
     """Two convolutions without padding that halve the map, and a strided shortcut around them."""
 
