@@ -145,7 +145,7 @@ def test_an_argument_is_a_number_none_a_list_or_the_text_itself(text, value):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--epochs", "0"], "epochs is 0: choose a whole number, 1 or more"),
+    (["--epochs", "0"], "epochs is 0: choose a whole number, 1 to 100000"),
     (["--network", "ResNet"], "network is 'ResNet': choose one of NetDilated"),
     ([*TINY, "--batch-size", "9999"], "batch_size is 9999: choose 1 to 2000, the size of the data set"),
     ([*TINY, "--teacher", "nowhere"], f"{Path('nowhere', 'NetDilated.pt')} is not there: train NetDilated first"),
