@@ -4,6 +4,7 @@ import contextlib
 import csv
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import signal
@@ -11,12 +12,14 @@ import subprocess
 import sys
 import tempfile
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from torch import nn
 
 import rules
 from checker.tables import text_table
+from dataset import CORES
 from rules import HOLDS, Row, check_rules
 
 CHECK_ONE = "--check-one"  # the argument that marks a process of `check_file`
@@ -35,7 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--csv", metavar="FILE", help="write the table with all measurements to this file, too")
     parser.add_argument("--timeout", type=float, default=60, metavar="SECONDS", help="time for each file (default 60)")
     options = parser.parse_args(arguments)
-    answers = {file: check_file(file, options.timeout) for file in options.files}
+    with ThreadPoolExecutor(CORES) as pool:  # each thread waits for a process
+        answers = dict(zip(options.files, pool.map(check_file, options.files, itertools.repeat(options.timeout)),
+                           strict=True))
     print(format_answers(answers))
     if options.csv:
         with open(options.csv, "w", newline="", encoding="utf-8") as file:

@@ -548,34 +548,42 @@ def layers():
     return nn.Sequential(nn.Conv2d(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 """
 
+DIGITS = """
+import torch.nn as nn
+class ForDigits(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(1, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+"""
+
 
 def test_a_folder_of_answers_is_one_table(tmp_path, capsys):
-    """The class Net, another one, and files that fail in their own ways."""
+    """The class Net, another one, a function Net, and files that fail in their own ways."""
     files = {"net.py": NET.format("Net", "pass"), "mine.py": NET.format("Mine", "def __init__(self, a): pass"),
-             "fails.py": "import nothing_such", "leaves.py": "import os; os._exit(3)"}
+             "function.py": LAYERS.replace("layers", "Net"), "fails.py": "import nothing_such",
+             "leaves.py": "import os; os._exit(3)", "empty.py": "", "digits.py": DIGITS}
     for name, text in {**files, "model.py": LAYERS}.items():
         (tmp_path / name).write_text(text)
     main([*(str(tmp_path / name) for name in files), "--csv", str(tmp_path / "table.csv")])
     lines, notes = capsys.readouterr().out.split("\n\n")
     rows = {line.split()[0]: line.split()[1:] for line in lines.splitlines() if line.startswith(str(tmp_path))}
-    assert len(set(map(len, rows.values()))) == 1 and len(rows) == 4
-    net, mine, fails, leaves = rows.values()
-    assert (net[0], mine[0]) == ("Net", "Mine") and net[1:] == mine[1:] and set(fails + leaves) == {"error"}
+    assert len(set(map(len, rows.values()))) == 1 and len(rows) == 7
+    net, mine, function, *errors = rows.values()
+    assert (net[0], mine[0], function[0]) == ("Net", "Mine", "Net") and net[1:] == mine[1:] == function[1:]
+    assert {cell for cells in errors for cell in cells} == {"error"}
     assert net[1:5] == ["BROKEN", "BROKEN", "BROKEN", "holds"]
-    assert "ModuleNotFoundError: No module named 'nothing_such'" in notes and "with exit code 3" in notes
+    for text in ("ModuleNotFoundError: No module named 'nothing_such'", "with exit code 3", "no class of a network",
+                 "ForDigits does not run on (2, 3, 32, 32) images"):
+        assert text in " ".join(notes.split())
     assert "three convolutions in each: 1: C1 has 1 convolution: layers.0 3x3 3→10" in notes
     head, *cells = csv.reader((tmp_path / "table.csv").read_text(encoding="utf-8").splitlines())
     assert head[:3] == ["file", "network", "four blocks"] and head[-1] == "error"
-    assert [len(row) for row in cells] == [13] * 4 and cells[0][5] == "holds: none" and "nothing_such" in cells[2][-1]
+    assert [len(row) for row in cells] == [13] * 7 and cells[0][5] == "holds: none" and "nothing_such" in cells[3][-1]
 
 
 OLD_SESSIONS = """
 import torch.nn as nn
 from .block import Convolution  # of the package that the file's folder is
 from models.block import Convolution
-class ForDigits(nn.Sequential):
-    def __init__(self):
-        super().__init__(nn.Conv2d(1, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 class Answer(nn.Sequential):
     def __init__(self):
         super().__init__(Convolution(3, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -594,18 +602,6 @@ def test_of_several_networks_in_a_file_the_one_that_keeps_the_most_rules_counts(
     (tmp_path / "models" / "model.py").write_text(OLD_SESSIONS)
     name, rows = check_file(str(tmp_path / "models" / "model.py"))
     assert name == "Answer" and rows[3].verdict == "holds"
-
-
-def test_a_file_without_a_network_that_runs_says_of_each_class_why(tmp_path):
-    (tmp_path / "digits.py").write_text(OLD_SESSIONS.split("class Answer")[0].replace("from", "# from"))
-    (tmp_path / "empty.py").write_text("")
-    assert "ForDigits does not run on (2, 3, 32, 32) images" in check_file(str(tmp_path / "digits.py"))
-    assert check_file(str(tmp_path / "empty.py")) == "ValueError: there is no class of a network"
-
-
-def test_a_function_can_build_the_network(tmp_path):
-    (tmp_path / "function.py").write_text(LAYERS.replace("layers", "Net"))
-    assert check_file(str(tmp_path / "function.py"))[0] == "Net"
 
 
 def test_a_file_that_does_not_end_is_stopped(tmp_path):
