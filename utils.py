@@ -23,7 +23,7 @@ from checker.layout import convolution_units
 from checker.operations import (
     count_macs,
     count_parameters,
-    gradient_of_the_middle,
+    gradients_of_the_middle,
     receptive_field,
     trace,
 )
@@ -397,8 +397,8 @@ def plot_receptive_field(model: nn.Module, dataset: Dataset, path: str | Path, m
     units = convolution_units(operations)
     model = copy.deepcopy(model).cpu()
     figure, axes = plt.subplots(2, -(-len(units) // 2), figsize=(10, 4.4), layout="constrained")
-    for number, (axis, unit) in enumerate(zip(axes.flat, units, strict=False)):
-        weight = gradient_of_the_middle(model, images, operations.index(unit[-1]) + 1)
+    weights = gradients_of_the_middle(model, images, [operations.index(unit[-1]) + 1 for unit in units])
+    for number, (axis, unit, weight) in enumerate(zip(axes.flat, units, weights, strict=False)):
         axis.imshow((weight / weight.max()).sqrt().numpy(), cmap="viridis")
         field = unit[-1].receptive_field
         row, column = ((index.min() + index.max()) / 2 for index in map(torch.flatten, weight.nonzero().T))

@@ -91,22 +91,23 @@ def count_macs(model: nn.Module, shape: tuple[int, ...] = (3, 32, 32)) -> int:
     return counter.get_total_flops() // 2
 
 
-def gradient_of_the_middle(model: nn.Module, images: torch.Tensor, end: int) -> torch.Tensor:
-    """Return how much each pixel of (N, 3, H, W) images weighs in the middle of a feature map.
+def gradients_of_the_middle(model: nn.Module, images: torch.Tensor, places: list[int]) -> torch.Tensor:
+    """Return how much each pixel of (N, 3, H, W) images weighs in the middle of some feature maps.
 
-    The map is the one before operation number `end` of `trace`. The result is (H, W): the magnitudes of the gradient,
-    summed over channels and images.
+    The maps are those before the operations at these places of `trace`. The result is (len(places), H, W): the
+    magnitudes of the gradient, summed over channels and images.
     """
-    total = torch.zeros(images.shape[2:])
+    totals = torch.zeros(len(places), *images.shape[2:])
     for image in images.split(1):
         image = image.requires_grad_()
-        with torch.enable_grad(), _evaluated(model), Tracer(model, end) as tracer, contextlib.suppress(End):
+        with torch.enable_grad(), _evaluated(model), Tracer(model, max(places)) as tracer, contextlib.suppress(End):
             tracer.follow(image)
             model(image)
-        height, width = tracer.last.shape[2:]
-        (gradient,) = torch.autograd.grad(tracer.last[..., height // 2, width // 2].sum(), image)
-        total += gradient.abs().sum((0, 1))
-    return total
+        for total, place in zip(totals, places, strict=True):
+            height, width = tracer.maps[place].shape[2:]
+            middle = tracer.maps[place][..., height // 2, width // 2].sum()
+            total += torch.autograd.grad(middle, image, retain_graph=True)[0].abs().sum((0, 1))
+    return totals
 
 
 @contextlib.contextmanager

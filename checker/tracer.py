@@ -78,7 +78,8 @@ class Tracer(TorchDispatchMode):
 
     def __init__(self, model, end=None):
         super().__init__()
-        self.operations, self.end, self.last = [], end, None  # the last (N, C, H, W) map
+        self.operations, self.end = [], end
+        self.last, self.maps = None, []  # the last (N, C, H, W) map, and that before each operation
         self.memory = set()  # where the tensors lie that were used
         self.paths = WeakTensorKeyDictionary()  # tensor -> _Path
         self.names, self.stack = {module: name for name, module in model.named_modules()}, [""]
@@ -171,6 +172,7 @@ class Tracer(TorchDispatchMode):
 
     def _record(self, call, kind, path, before, size, kernel=1, stride=1, dilation=1, groups=1, channels=None):
         """Write down an operation that turns the path `before` into `path`; return that path."""
+        self.maps.append(self.last)
         if len(self.operations) == self.end:
             raise End
         field = (before if path.pooled else path).field()

@@ -17,7 +17,7 @@ import dataset
 from answers import ANSWERS, with_endings
 from checker.answers import check_file, main
 from checker.layout import layers_table
-from checker.operations import count_macs, gradient_of_the_middle, receptive_field, trace
+from checker.operations import count_macs, gradients_of_the_middle, receptive_field, trace
 from checker.tables import markdown_table
 from dataset import FILL, train_transform
 from model import NETWORKS, ConvBNAct, NetDilated, Network, bsconv, build_network, conv
@@ -486,7 +486,7 @@ def measured_field(network, side=192):
     """
     images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     end = [operation.kind for operation in trace(network)].index("global average pooling")
-    reached = gradient_of_the_middle(network, images, end).ne(0)
+    reached = gradients_of_the_middle(network, images, [end])[0].ne(0)
     sides = [reached.any(axis).nonzero().flatten() for axis in (0, 1)]
     assert all(0 < side.min() and side.max() < 191 for side in sides)
     return max(int(side.max() - side.min()) + 1 for side in sides)
