@@ -24,6 +24,7 @@ from checker.layout import (
 from checker.operations import field_before, run_traced
 from checker.tables import markdown_table, text_table
 from checker.tracer import Operation
+from checkpoint import one_line
 from dataset import CLASSES, FILL
 
 PARAMETER_LIMIT, RECEPTIVE_FIELD_LIMIT = 200_000, 44  # the assignment's "fewer than" and "above"
@@ -70,9 +71,8 @@ def _run_any(model):
     try:
         run = run_traced(model, torch.zeros(2, 3, 32, 32))
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{name} does not run on (2, 3, 32, 32) images ({reason}): it has to take (N, 3, 32, 32) on "
-                         "this machine, and return (N, 10)") from error
+        raise ValueError(f"{name} does not run on (2, 3, 32, 32) images ({one_line(error)}): it has to take "
+                         "(N, 3, 32, 32) on this machine, and return (N, 10)") from error
     shape = tuple(run.result.shape) if isinstance(run.result, torch.Tensor) else type(run.result).__name__
     if shape != (2, len(CLASSES)):
         raise ValueError(f"{name} turns (2, 3, 32, 32) images into {shape}: it has to return (N, 10)")
@@ -242,8 +242,7 @@ def check_transform(transform: A.BasicTransform | A.BaseCompose) -> list[Row]:
         return [_check_share(steps, "HorizontalFlip"), _check_share(steps, "ShiftScaleRotate"),
                 *_check_hole(steps.get("CoarseDropout")), _check_resize(steps, transform)]
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"transform fails on a uint8 image ({reason}): it has to take (H, W, 3)") from error
+        raise ValueError(f"transform fails on a uint8 image ({one_line(error)}): it has to take (H, W, 3)") from error
 
 
 def _steps(transform):

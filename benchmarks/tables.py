@@ -15,7 +15,7 @@ from checker.tables import markdown_table
 from checkpoint import load_metrics
 from dataset import train_transform
 from model import NetDilated
-from rules import check_rules
+from rules import HOLDS, check_rules
 from utils import BLUE, COLOURS, ORANGE, PUBLISHED, finish_figure
 
 HERE = Path(__file__).resolve().parent
@@ -54,7 +54,7 @@ def mean_and_deviation() -> str:
 
 def headline() -> str:
     """The result in one sentence."""
-    broken = [rule for rule, _, verdict in check_rules(NetDilated(), train_transform()) if verdict != "holds"]
+    broken = [rule for rule, _, verdict in check_rules(NetDilated(), train_transform()) if verdict != HOLDS]
     kept = f"broken rules: {', '.join(broken)}" if broken else "every rule of the assignment kept"
     return f"**{mean_and_deviation()} % test accuracy**, three seeds, {runs()[0]['parameters']:,} parameters, {kept}."
 

@@ -19,6 +19,7 @@ from torch import nn
 
 import rules
 from checker.tables import text_table
+from checkpoint import one_line
 from dataset import CORES
 from rules import HOLDS, Row, check_rules
 
@@ -83,22 +84,25 @@ def _check_one(file, path):
     try:
         result = _check_module(_import(Path(file)))
     except BaseException as error:  # a file that exits is an error, too
-        result = _message(error)
+        result = _described(error)
     Path(path).write_text(json.dumps(result), encoding="utf-8")
 
 
-def _message(error):
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+def _described(error):
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _import(file):
     """Return the module of a file. It may import its neighbours, by their names or as those of a package."""
-    for name in ("dataset", "rules", "checker"):  # they may have the names of ours
+    for name in ("checker", "checkpoint", "dataset", "model", "rules"):  # they may have the names of ours
         sys.modules.pop(name, None)
-    package = sys.modules[file.parent.name] = types.ModuleType(file.parent.name)
+    name = file.parent.name
+    if name in sys.modules or (file.parent / f"{name}.py").exists():  # the package must not hide another module
+        name = f"folder_{name}"
+    package = sys.modules[name] = types.ModuleType(name)
     package.__path__ = [str(file.parent)]
     sys.path[0] = str(file.parent)
-    spec = importlib.util.spec_from_file_location(f"{file.parent.name}.{file.stem}", file)
+    spec = importlib.util.spec_from_file_location(f"{name}.{file.stem}", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -114,7 +118,7 @@ def _check_module(module):
             try:
                 checked[name] = check_rules(value())
             except Exception as error:  # a part of a network, or a network for other images
-                errors.append(f"{name}: {_message(error)}")
+                errors.append(f"{name}: {_described(error)}")
     if not checked:
         raise ValueError("; ".join(errors) or "there is no class of a network")
     return max(checked.items(), key=lambda item: sum(row.verdict == HOLDS for row in item[1]))

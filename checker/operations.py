@@ -103,9 +103,10 @@ def gradients_of_the_middle(model: nn.Module, images: torch.Tensor, places: list
         with torch.enable_grad(), _evaluated(model), Tracer(model, max(places)) as tracer, contextlib.suppress(End):
             tracer.follow(image)
             model(image)
+        maps = [*tracer.maps, tracer.last]  # the last one is that after all operations
         for total, place in zip(totals, places, strict=True):
-            height, width = tracer.maps[place].shape[2:]
-            middle = tracer.maps[place][..., height // 2, width // 2].sum()
+            height, width = maps[place].shape[2:]
+            middle = maps[place][..., height // 2, width // 2].sum()
             total += torch.autograd.grad(middle, image, retain_graph=True)[0].abs().sum((0, 1))
     return totals
 

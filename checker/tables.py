@@ -10,7 +10,7 @@ def markdown_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def text_table(lines, most=80):
+def text_table(lines: list[tuple[str, ...]], most: int = 80) -> str:
     """Return lines of cells as aligned columns; a cell longer than `most` characters goes on in the next line."""
     rows = []
     for line in lines:

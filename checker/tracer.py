@@ -120,7 +120,7 @@ class Tracer(TorchDispatchMode):
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if outputs:
-            call = _Call(func, func.overloadpacket.__name__, args, kwargs, inputs, known, paths, shape, outputs)
+            call = _Call(func, func.overloadpacket.__name__, args, kwargs, known, paths, shape, outputs)
             for tensor, path in zip(outputs, self._follow(call), strict=False):
                 self._set(tensor, path)
         return result
@@ -395,7 +395,6 @@ class _Call(NamedTuple):
     name: str
     args: tuple
     kwargs: dict
-    inputs: list
     known: dict  # id of a tensor -> its path before the call
     paths: list  # of the inputs that come from the image
     shape: tuple  # of the first of them before the call

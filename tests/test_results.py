@@ -215,10 +215,11 @@ def upload():
         git_archive()()
     shutil.copy(HERE / "S9.ipynb", empty / "notebook.ipynb")
     settings = {**json.loads(os.environ["S9_SETTINGS"]), "epochs": 1, "teacher": None, "folder": "run"}
-    subprocess.run([sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "notebook.ipynb"],
-                   cwd=empty, check=True, stdin=subprocess.DEVNULL, capture_output=True,
-                   env={**os.environ, "PYTHONPATH": str(tmp_path / "packages"), "COLAB_RELEASE_TAG": "release",
-                        "S9_SETTINGS": json.dumps(settings)})
+    command = "jupyter", "nbconvert", "--to", "notebook", "--execute", "notebook.ipynb"
+    run = subprocess.run([sys.executable, "-m", *command], cwd=empty, stdin=subprocess.DEVNULL, capture_output=True,
+                         text=True, env={**os.environ, "PYTHONPATH": str(tmp_path / "packages"),
+                                         "COLAB_RELEASE_TAG": "release", "S9_SETTINGS": json.dumps(settings)})
+    assert run.returncode == 0, run.stderr
     assert (empty / "S9" / "S9-main" / "run" / "NetDilated.pt").exists()
 
 

@@ -561,9 +561,11 @@ def test_a_folder_of_answers_is_one_table(tmp_path, capsys):
     files = {"net.py": NET.format("Net", "pass"), "mine.py": NET.format("Mine", "def __init__(self, a): pass"),
              "function.py": LAYERS.replace("layers", "Net"), "fails.py": "import nothing_such",
              "leaves.py": "import os; os._exit(3)", "empty.py": "", "digits.py": DIGITS}
+    folder = tmp_path / "torch"  # whose name must not hide the package
+    folder.mkdir()
     for name, text in {**files, "model.py": LAYERS}.items():
-        (tmp_path / name).write_text(text)
-    main([*(str(tmp_path / name) for name in files), "--csv", str(tmp_path / "table.csv")])
+        (folder / name).write_text(text)
+    main([*(str(folder / name) for name in files), "--csv", str(tmp_path / "table.csv")])
     lines, notes = capsys.readouterr().out.split("\n\n")
     rows = {line.split()[0]: line.split()[1:] for line in lines.splitlines() if line.startswith(str(tmp_path))}
     assert len(set(map(len, rows.values()))) == 1 and len(rows) == 7
