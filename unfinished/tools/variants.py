@@ -1,0 +1,54 @@
+"""Ablations of other code on the ten-epoch schedule, into benchmarks/ablations.json, table "10 epochs, other code".
+
+With the patch applied, from the root of the repository: `PYTHONPATH=. python unfinished/tools/variants.py [NAME...]`.
+"""
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from benchmarks.ablations import TEN
+from dataset import load_dataset
+from model import NetDilated, separable, standard
+from train import run
+from utils import accuracy_under_corruptions, mean_accuracy_under_corruptions
+
+
+def large_kernels():
+    network = NetDilated()
+    network.C3[0] = separable(96, 192, kernel_size=5)
+    network.C4[0] = separable(192, 288, kernel_size=5)
+    return network
+
+
+def cheap_c1():
+    network = NetDilated()
+    network.C1 = nn.Sequential(standard(3, 8, lifting=True), standard(8, 8), standard(8, 64, kernel_size=4, stride=2))
+    return network
+
+
+def small_strides():
+    network = NetDilated()
+    network.C1[2] = standard(16, 64, stride=2)
+    for block, channels in ((network.C2, 96), (network.C3, 192), (network.C4, 288)):
+        block[2] = separable(channels, channels, stride=2)
+    return network
+
+
+BUILDS = {"5x5 kernels at the start of C3 and C4": large_kernels,
+          "8 channels in the first two convolutions": cheap_c1,
+          "3x3 kernels with stride 2": small_strides}
+OUTPUT = Path("benchmarks/ablations.json")
+for name in sys.argv[1:] or BUILDS:
+    rows = json.loads(OUTPUT.read_text())
+    table = rows["10 epochs, other code"]
+    if name not in table:
+        model, metrics = run(replace(TEN, folder=f"checkpoints/variants/{name}"), build=BUILDS[name])
+        table[name] = {key: metrics[key] for key in ("parameters", "macs", "train_accuracy", "validation_accuracy",
+                                                     "validation_loss", "hardware", "date", "recipe")}
+        held_out = load_dataset("validation", validation_size=TEN.validation_size)
+        table[name]["mean_accuracy_under_corruptions"] = mean_accuracy_under_corruptions(
+            accuracy_under_corruptions(model, held_out))
+        OUTPUT.write_text(json.dumps(rows, indent=1) + "\n")
