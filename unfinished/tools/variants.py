@@ -9,11 +9,9 @@ from pathlib import Path
 
 from torch import nn
 
-from benchmarks.ablations import TEN
-from dataset import load_dataset
+from benchmarks.ablations import TEN, make_row
+from checkpoint import write_file
 from model import NetDilated, separable, standard
-from train import run
-from utils import accuracy_under_corruptions, mean_accuracy_under_corruptions
 
 
 def large_kernels():
@@ -45,10 +43,5 @@ for name in sys.argv[1:] or BUILDS:
     rows = json.loads(OUTPUT.read_text())
     table = rows["10 epochs, other code"]
     if name not in table:
-        model, metrics = run(replace(TEN, folder=f"checkpoints/variants/{name}"), build=BUILDS[name])
-        table[name] = {key: metrics[key] for key in ("parameters", "macs", "train_accuracy", "validation_accuracy",
-                                                     "validation_loss", "hardware", "date", "recipe")}
-        held_out = load_dataset("validation", validation_size=TEN.validation_size)
-        table[name]["mean_accuracy_under_corruptions"] = mean_accuracy_under_corruptions(
-            accuracy_under_corruptions(model, held_out))
-        OUTPUT.write_text(json.dumps(rows, indent=1) + "\n")
+        table[name] = make_row(replace(TEN, folder=f"checkpoints/variants/{name}"), BUILDS[name])
+        write_file(OUTPUT, (json.dumps(rows, indent=1) + "\n").encode())
