@@ -1,4 +1,4 @@
-"""The networks: NetDilated, ours, and the assignment's two published answers.
+"""The networks: NetDilated, ours, and two published answers to the assignment.
 
 Every network takes (N, 3, 32, 32) normalised images and returns (N, num_classes) logits. `C1` to `C4` are its blocks,
 so that `C4(C3(C2(C1(upsample(x)))))` is the last feature map, at any image size.
@@ -17,62 +17,165 @@ def conv(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int 
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias)
 
 
-def depthwise(channels: int, padding: int = 1) -> nn.Conv2d:
-    """Return a plain 3x3 depthwise convolution: one kernel for each channel."""
-    return nn.Conv2d(channels, channels, 3, padding=padding, groups=channels, bias=False)
-
-
-class Depthwise(nn.Conv2d):
-    """A 3x3 depthwise convolution, (N, C, H, W) to (N, C, H', W'), that is fast in bf16 on a CPU.
-
-    There, only stride 1 with dilation 1 has a fast backward pass. A dilated kernel works on every other pixel, so it is
-    applied as a plain kernel to each of these smaller images. The other cases run in fp32, 4 to 24 times as fast.
-    """
-
-    def __init__(self, channels: int, stride: int = 1, dilation: int = 1):
-        super().__init__(channels, channels, 3, stride, dilation, dilation, groups=channels, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        stride, dilation = self.stride[0], self.dilation[0]
-        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or (stride, dilation) == (1, 1):
-            return super().forward(x)
-        if stride == 1 and x.shape[2] % dilation == x.shape[3] % dilation == 0:
-            kernels = self.weight.repeat_interleave(dilation**2, 0)
-            y = F.conv2d(F.pixel_unshuffle(x, dilation), kernels, padding=1, groups=len(kernels))
-            return F.pixel_shuffle(y, dilation)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(x.float()).bfloat16()
-
-
 def depthwise_separable(in_channels: int, out_channels: int, padding: int = 1,
                         pointwise_padding: int = 0) -> nn.Sequential:
     """Return a depthwise-separable convolution: 3x3 depthwise, then pointwise (1x1).
 
-    Howard et al., MobileNets, https://arxiv.org/abs/1704.04861.
+    Padding above 1 is a layer of its own: in bf16 on a CPU, only the usual padding has a fast backward pass. Howard et
+    al., MobileNets, https://arxiv.org/abs/1704.04861.
     """
-    return nn.Sequential(depthwise(in_channels, padding), conv(in_channels, out_channels, 1, padding=pointwise_padding))
+    depthwise = nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False)
+    pointwise = conv(in_channels, out_channels, 1, padding=pointwise_padding)
+    return nn.Sequential(*[nn.ZeroPad2d(padding - 1)] * (padding > 1), depthwise, pointwise)
 
 
-def bsconv(in_channels: int, out_channels: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
-    """Return a blueprint separable convolution (BSConv-U): pointwise (1x1) first, then 3x3 depthwise.
+class MirrorConv2d(nn.Module):
+    """A flip-equivariant convolution, (N, in_channels, H, W) to (N, out_channels, H', W').
 
-    Haase and Amthor, Rethinking depthwise separable convolutions, https://arxiv.org/abs/2003.13549.
+    Cohen and Welling, Group equivariant convolutional networks, https://arxiv.org/abs/1602.07576, with the group of
+    identity and horizontal flip (this group is not `groups` of nn.Conv2d). Channel i of the first half and channel i of
+    the second half are a mirrored pair: a regular representation of that group. Flip the input and swap its halves, and
+    the output is flipped and its halves are swapped.
+
+    `weight`, (out_channels / 2, in_channels, k, k), makes the first half. With the halves [A B] of its input channels,
+    the whole kernel is [[A B], [B' A']], where A' is A flipped. With `lifting`, the input is an image, whose channels
+    are no pairs, and the kernel is [A, A']. The padding is (k - 1) // 2, and there is no bias. The positions of the
+    kernel must be symmetric: k is odd with stride 1, or it is 4 with stride 2 and the width is even.
+
+    Raises:
+        ValueError: a number of channels is odd.
     """
-    return nn.Sequential(conv(in_channels, out_channels, 1), Depthwise(out_channels, stride, dilation))
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1,
+                 lifting: bool = False):
+        super().__init__()
+        self.stride, self.padding, self.lifting = stride, (kernel_size - 1) // 2, lifting
+        if not lifting:
+            half_channels(in_channels)  # only checks it
+        self.weight = nn.Parameter(torch.empty(half_channels(out_channels), in_channels, kernel_size, kernel_size))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # as nn.Conv2d does
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flipped = self.weight.flip(3)
+        if not self.lifting:
+            flipped = flipped.roll(flipped.shape[1] // 2, 1)  # [B' A']
+        return F.conv2d(x, torch.cat([self.weight, flipped]), stride=self.stride, padding=self.padding)
+
+    def extra_repr(self) -> str:
+        return f"weight={tuple(self.weight.shape)}, stride={self.stride}, lifting={self.lifting}"
+
+
+class MirrorDepthwise(nn.Module):
+    """A flip-equivariant depthwise convolution, (N, channels, H, W) to (N, channels, H', W'): see `MirrorConv2d`.
+
+    `weight`, (channels / 2, 1, k, k), makes the first half of the channels; flipped, it makes the second half.
+    """
+
+    def __init__(self, channels: int, kernel_size: int = 3, stride: int = 1, dilation: int = 1):
+        super().__init__()
+        self.in_channels, self.stride, self.dilation = channels, stride, dilation
+        self.weight = nn.Parameter(torch.empty(half_channels(channels), 1, kernel_size, kernel_size))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return depthwise_conv2d(x, torch.cat([self.weight, self.weight.flip(3)]), self.stride, self.dilation)
+
+    def extra_repr(self) -> str:
+        return f"weight={tuple(self.weight.shape)}, stride={self.stride}, dilation={self.dilation}"
+
+
+def half_channels(channels: int) -> int:
+    """Return half of a number of channels; a ValueError says that it is odd."""
+    if channels % 2:
+        raise ValueError(f"{channels} channels can't be mirrored pairs: choose an even number")
+    return channels // 2
+
+
+def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, stride: int = 1, dilation: int = 1) -> torch.Tensor:
+    """Return the depthwise convolution of (N, C, H, W) with (C, 1, k, k), padded by (k - 1) // 2 times the dilation.
+
+    In bf16 on a CPU, only stride 1 with dilation 1 has a fast backward pass. A kernel with dilation 2 works on every
+    other pixel, so it is applied without dilation to each of four smaller images. Other cases run in fp32, which is
+    several times as fast.
+    """
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and (stride, dilation) != (1, 1):
+        if stride == 1 and x.shape[2] % dilation == x.shape[3] % dilation == 0:
+            kernels = weight.repeat_interleave(dilation**2, 0)
+            return F.pixel_shuffle(depthwise_conv2d(F.pixel_unshuffle(x, dilation), kernels), dilation)
+        with torch.autocast("cpu", enabled=False):
+            return depthwise_conv2d(x.float(), weight.float(), stride, dilation).bfloat16()
+    padding = (weight.shape[2] - 1) // 2 * dilation
+    return F.conv2d(x, weight, None, stride, padding, dilation, x.shape[1])
+
+
+class MirrorBatchNorm2d(nn.Module):
+    """Batch norm of mirrored pairs, (N, channels, H, W): a pair shares its affine parameters, each (channels / 2).
+
+    In training each channel has its own statistics, as in nn.BatchNorm2d. Half of the training images are flipped, so
+    those of a pair differ only by chance. In evaluation both channels have the mean of their running statistics, which
+    makes the layer exactly equivariant. (The usual batch norm of such networks shares the statistics in training, too.
+    In PyTorch on a CPU, that takes six times as long for the 16 channels of C1.)
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(half_channels(channels)))
+        self.bias = nn.Parameter(torch.zeros(half_channels(channels)))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean, var = self.running_mean, self.running_var
+        if not self.training:
+            mean, var = (values.view(2, -1).mean(0).repeat(2) for values in (mean, var))
+        return F.batch_norm(x, mean, var, self.weight.repeat(2), self.bias.repeat(2), self.training, self.momentum,
+                            self.eps)
+
+    def extra_repr(self) -> str:
+        return f"weight={tuple(self.weight.shape)}, eps={self.eps}, momentum={self.momentum}"
+
+
+class MirrorMean(nn.Module):
+    """Group pooling: the mean of each mirrored pair, (N, C) to (N, C / 2).
+
+    After global average pooling, flipping the image only swaps the two values of a pair. So their mean is invariant.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(1, (2, -1)).mean(1)
 
 
 class ConvBNAct(nn.Sequential):
-    """A convolution (a separable pair counts as one), batch norm and SiLU, (N, C, H, W) to (N, channels, H', W').
+    """A convolution (a separable one counts as one), batch norm and SiLU, (N, C, H, W) to (N, channels, H', W').
 
-    The input is added to the output where their shapes agree: He et al., https://arxiv.org/abs/1512.03385.
+    Where their shapes agree, there is a residual connection: the input is added after the activation.
     """
 
     def __init__(self, convolution: nn.Module, channels: int):
-        super().__init__(convolution, nn.BatchNorm2d(channels), nn.SiLU())
+        super().__init__(convolution, MirrorBatchNorm2d(channels), nn.SiLU())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
         return x + y if x.shape == y.shape else y
+
+
+def standard(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1,
+             lifting: bool = False) -> ConvBNAct:
+    """Return a unit with a standard convolution of mirrored pairs; the arguments are those of `MirrorConv2d`."""
+    return ConvBNAct(MirrorConv2d(in_channels, out_channels, kernel_size, stride, lifting), out_channels)
+
+
+def separable(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1,
+              dilation: int = 1) -> ConvBNAct:
+    """Return a unit with a separable convolution of mirrored pairs: pointwise (1x1) first, then depthwise.
+
+    That order is a blueprint separable convolution (BSConv-U): Haase and Amthor, Rethinking depthwise separable
+    convolutions, https://arxiv.org/abs/2003.13549.
+    """
+    convolution = nn.Sequential(MirrorConv2d(in_channels, out_channels, 1),
+                                MirrorDepthwise(out_channels, kernel_size, stride, dilation))
+    return ConvBNAct(convolution, out_channels)
 
 
 class Network(nn.Module):
@@ -92,35 +195,35 @@ class Network(nn.Module):
 
 
 class NetDilated(Network):
-    """Our network: twelve convolutions, the last of each block with stride 2, on images upsampled to 64x64.
+    """Our network: twelve convolutions of mirrored pairs, the last of each block with stride 2, on upsampled images.
 
-    Four strides leave 2x2 positions of a map of 32x32, too few for C3 and C4 to work on, and 4x4 of one of 64x64.
+    In evaluation, an image and its mirror image have the same logits, up to rounding, if the width is a multiple of 8.
     """
 
     def __init__(self, num_classes: int = 10):
         super().__init__(
             upsample=2,
-            C1=[                                                        # output, receptive field in pixels of the image
-                ConvBNAct(conv(3, 16), 16),                             # 16 x 64 x 64,  3
-                ConvBNAct(conv(16, 16), 16),                            # 16 x 64 x 64,  4
-                ConvBNAct(conv(16, 64, stride=2), 64),                  # 64 x 32 x 32,  5
+            C1=[                                              # output,         receptive field in pixels
+                standard(3, 16, lifting=True),                # 16 x 64 x 64,   3
+                standard(16, 16),                             # 16 x 64 x 64,   4
+                standard(16, 64, kernel_size=4, stride=2),    # 64 x 32 x 32,   5
             ],
             C2=[
-                ConvBNAct(bsconv(64, 96), 96),                          # 96 x 32 x 32,  7
-                ConvBNAct(bsconv(96, 96), 96),                          # 96 x 32 x 32,  9
-                ConvBNAct(bsconv(96, 96, stride=2), 96),                # 96 x 16 x 16,  11
+                separable(64, 96),                            # 96 x 32 x 32,   7
+                separable(96, 96),                            # 96 x 32 x 32,   9
+                separable(96, 96, kernel_size=4, stride=2),   # 96 x 16 x 16,   12
             ],
             C3=[
-                ConvBNAct(bsconv(96, 128), 128),                        # 128 x 16 x 16, 15
-                ConvBNAct(bsconv(128, 128, dilation=2), 128),           # 128 x 16 x 16, 23
-                ConvBNAct(bsconv(128, 128, stride=2), 128),             # 128 x 8 x 8,   27
+                separable(96, 192),                           # 192 x 16 x 16,  16
+                separable(192, 192, dilation=2),              # 192 x 16 x 16,  24
+                separable(192, 192, kernel_size=4, stride=2),  # 192 x 8 x 8,   30
             ],
             C4=[
-                ConvBNAct(bsconv(128, 176), 176),                       # 176 x 8 x 8,   35
-                ConvBNAct(bsconv(176, 176), 176),                       # 176 x 8 x 8,   43
-                ConvBNAct(bsconv(176, 176, stride=2), 176),             # 176 x 4 x 4,   51
+                separable(192, 288),                          # 288 x 8 x 8,    38
+                separable(288, 288),                          # 288 x 8 x 8,    46
+                separable(288, 288, kernel_size=4, stride=2),  # 288 x 4 x 4,   58
             ],
-            O=[nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(176, num_classes)],
+            O=[nn.AdaptiveAvgPool2d(1), nn.Flatten(), MirrorMean(), nn.Linear(144, num_classes)],
         )
 
 
