@@ -20,8 +20,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from dataset import require
+from checks import require
 from model import build_network
+from recipe import Recipe, seed_everything
 
 try:
     import fcntl
@@ -29,8 +30,8 @@ except ImportError:  # Windows
     import msvcrt
     fcntl = None
 
-HEAD = "epoch  train loss  train acc %  {0:4} loss  {0:4} acc %  seconds"
-ROW = "{:5d}  {:10.4f}  {:11.2f}  {:9.4f}  {:10.2f}  {:7.1f}"
+HEAD = "epoch  train loss  train acc %  {0:>5} loss  {0:>5} acc %  seconds"
+ROW = "{:5d}  {:10.4f}  {:11.2f}  {:10.4f}  {:11.2f}  {:7.1f}"
 
 
 # ---------------------------------------------------------------- the checkpoint of a run
@@ -38,37 +39,39 @@ ROW = "{:5d}  {:10.4f}  {:11.2f}  {:9.4f}  {:10.2f}  {:7.1f}"
 class Checkpoint:
     """The state of a training run, on disk after every epoch: a context manager around the loop over epochs.
 
-    On entry it goes on where an earlier run with the same path and recipe stopped, to the same weights as if nothing
-    had happened. An interrupt or a kill loses the epoch that had begun, and nothing else. After the last epoch the
-    finished run is loaded. To start afresh, remove the file.
+    On entry it seeds the random generators; or it goes on where an earlier run with the same path and recipe stopped,
+    on a CPU to the same weights as if nothing had happened. An interrupt or a kill loses the epoch that had begun, and
+    nothing else. After the last epoch the finished run is loaded. To start afresh, remove the file and those of its
+    name with another ending (`NetDilated.ckpt*`), and build the parts anew.
 
     Args:
         path: of the file.
         recipe: the `Recipe` of the run.
         loader: the training images; its order is part of the state.
         teacher: the trained network that the run learns from, if any.
-        parts: everything else with a state, by name: model, optimizer, scheduler and so on; None is left out.
+        parts: everything else with a state, by name: model, optimizer, scheduler and so on.
 
     Attributes:
         history: a list for each column, an entry for each epoch: train_loss, train_accuracy, the same of the test
             images (or of the validation images, if the recipe holds out some), seconds.
 
     Raises:
-        ValueError: the file is damaged, or of another run, or the loader is not shuffled by `make_loader`.
+        ValueError: the file is damaged, or of another run, or gone although the parts are trained; or the folder has
+            the weights of another run; or the loader is not shuffled by `make_loader`.
         RuntimeError: another process trains with the file.
     """
 
-    def __init__(self, path: str | Path, recipe: "Recipe", loader: DataLoader, teacher: nn.Module | None,  # noqa: F821
+    def __init__(self, path: str | Path, recipe: Recipe, loader: DataLoader, teacher: nn.Module | None,
                  parts: dict[str, object]):
         if getattr(loader.sampler, "generator", None) is None:
             raise ValueError("the order of this loader can't be restored: choose one of make_loader(shuffle=True)")
         require("path of the checkpoint", path, "the path of a file",
                 isinstance(path, (str, Path)) and Path(path).name and not Path(path).is_dir())
         self.path, self.recipe, self.loader = Path(path), recipe, loader
-        self.parts = {name: part for name, part in parts.items() if part is not None}
+        self.parts = parts
         data, self.split = loader.dataset, "validation" if recipe.validation_size else "test"
         self.run = {**recipe.to_json(), "images": len(data), "layers": str(parts["model"]).splitlines(),
-                    "augmentations": str(getattr(data, "dataset", data).transform).splitlines(),
+                    "augmentations": str(getattr(data, "transform", None)).splitlines(),
                     "teacher": teacher and _hash(teacher)}
         self.history = {name: [] for name in ("train_loss", "train_accuracy", f"{self.split}_loss",
                                               f"{self.split}_accuracy", "seconds")}
@@ -79,7 +82,7 @@ class Checkpoint:
             if _exists(self.path):
                 self._restore()
             else:
-                self.save()  # even the first epoch can be repeated
+                self._start()
         except BaseException:
             self.lock.close()
             raise
@@ -141,16 +144,19 @@ class Checkpoint:
 
     def _restore(self) -> None:
         state, found = _read(self.path)
-        if found != self.path:
-            print(f"{self.path} is damaged or missing: going back to the checkpoint before it")
-            os.replace(found, self.path)
-        differences = [_difference(name, state["run"].get(name), value) for name, value in self.run.items()
-                       if state["run"].get(name) != value]
+        differences = _differences(state["run"], self.run)
+        if differences and not state["history"]["seconds"]:  # nothing is lost
+            return self._start()
         if differences:
-            raise ValueError(f"{self.path} is of another run ({'; '.join(differences)}): choose another folder, or "
-                             "remove the file to start afresh")
+            raise ValueError(f"{self.path} is of another run ({differences}): choose another folder, or remove "
+                             f"{self.path}* to start afresh")
+        if found != self.path:
+            print(f"{self.path} is damaged or missing: going on from {found.name}")
+        if found == _new(self.path):  # which the next save would overwrite
+            os.replace(found, self.path)
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            if state[name]:  # a scaler has none where gradients are not scaled
+                part.load_state_dict(state[name])
         _set_random_state(self.loader, state["random"])
         self.history = state["history"]
         if self.epochs_done() == self.recipe.epochs:
@@ -158,16 +164,25 @@ class Checkpoint:
         elif self.epochs_done():
             print(f"{self.path}: going on with epoch {self.epochs_done() + 1}")
 
-
-def load_history(path: str | Path) -> dict[str, list[float]]:
-    """Return the history of the epochs that a checkpoint holds, as after an interrupt."""
-    if not _exists(Path(path)):
-        raise FileNotFoundError(f"{path} is not there: no training has begun with it")
-    return _read(Path(path))[0]["history"]
+    def _start(self) -> None:
+        if getattr(self.parts.get("scheduler"), "last_epoch", 0):
+            raise ValueError(f"{self.path} is gone, but this network has begun to train: make the network, its "
+                             "optimizer and its schedule anew (in the notebook, run their cell)")
+        differences = _differences(_saved_recipe(self.path), self.recipe.to_json())
+        if differences:
+            raise ValueError(f"{self.path.parent} has the weights of another run ({differences}), which this one would "
+                             f"replace: choose another folder, or move {self.path.stem}.* away")
+        seed_everything(self.recipe.seed)
+        self.loader.sampler.generator.manual_seed(self.recipe.seed)
+        self.save()  # even the first epoch can be repeated
 
 
 def _previous(path):
     return path.with_name(path.name + ".previous")
+
+
+def _new(path):
+    return path.with_name(path.name + ".new")
 
 
 def _exists(path):
@@ -177,24 +192,40 @@ def _exists(path):
 def _read(path):
     """Return the newest checkpoint that is whole, and its path; never run code from the file."""
     trouble = None
-    for candidate in filter(Path.exists, (path, _previous(path))):
+    for candidate in filter(Path.exists, (path, _new(path), _previous(path))):  # a kill may have left a new one aside
         try:
             with zipfile.ZipFile(candidate) as archive:
                 if archive.testzip():
                     raise ValueError("a checksum differs")
             state = torch.load(candidate, map_location="cpu", weights_only=True)
             state["run"], state["history"], state["random"]
+        except (PermissionError, MemoryError):
+            raise
         except Exception as error:
             trouble = error
             continue
         return state, candidate
     raise ValueError(f"{path} is damaged or no checkpoint of this program ({one_line(trouble)}): "
-                     "move it away to start afresh") from trouble
+                     f"move {path}* away to start afresh") from trouble
 
 
 def _hash(model):
     """Return the SHA-256 of the network's state."""
     return hashlib.sha256(b"".join(value.cpu().numpy().tobytes() for value in model.state_dict().values())).hexdigest()
+
+
+def _saved_recipe(path):
+    """Return the recipe of the weights that are saved beside a checkpoint, or nothing."""
+    try:
+        return load_metrics(path.stem, path.parent)["recipe"]
+    except (OSError, ValueError):
+        return {}
+
+
+def _differences(there, here):
+    """Say in which settings two runs differ, if the first one has any."""
+    return "; ".join(_difference(name, there.get(name), value) for name, value in here.items()
+                     if there and there.get(name) != value)
 
 
 def _difference(name, there, here):
@@ -217,8 +248,8 @@ def _set_random_state(loader, state):
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    for number, there in enumerate(state["cuda"][:torch.cuda.device_count()]):  # it may be another machine
+        torch.cuda.set_rng_state(there, number)
     loader.sampler.generator.set_state(state["order"])
 
 
@@ -234,10 +265,12 @@ def _lock(path):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would hold that one too
         else:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:
         file.close()
         raise RuntimeError(f"another process is training with {path}: wait for it, stop it, or choose another "
                            "folder") from error
+    except OSError as error:  # some network drives have no locks
+        print(f"{path.parent} can't lock files ({error.strerror}): take care that no other process trains there")
     return file
 
 
@@ -306,12 +339,20 @@ def load_metrics(name: str, folder: str | Path = "weights") -> dict:
     return metrics
 
 
-def load_teacher(folder: str | Path, data: str) -> nn.Module:
-    """Return the NetDilated saved in the folder; a ValueError if it was trained on other data than those named."""
+def load_teacher(folder: str | Path, data: str, validation_size: int = 0) -> nn.Module:
+    """Return the NetDilated saved in the folder.
+
+    Raises:
+        ValueError: it was trained on other data than those named, or on images that the student holds out, which are
+            the last `validation_size` training images.
+    """
     teacher, metrics = load("NetDilated", folder)
-    if metrics["recipe"]["data"] != data:
-        raise ValueError(f"teacher is {str(folder)!r}: choose None, or the folder of one trained on {data}, not on "
-                         f"{metrics['recipe']['data']}")
+    recipe, choose = metrics["recipe"], f"teacher is {str(folder)!r}: choose None, or the folder of one"
+    if recipe["data"] != data:
+        raise ValueError(f"{choose} trained on {data}, not on {recipe['data']}")
+    if recipe["validation_size"] < validation_size:
+        raise ValueError(f"{choose} that held out {validation_size} training images, as the student does, not "
+                         f"{recipe['validation_size']}")
     return teacher
 
 
@@ -319,7 +360,7 @@ def write_file(path: str | Path, content: bytes, keep: Path | None = None) -> No
     """Write a new file aside, then put it in the place of `path` at once; the old one becomes `keep`, if given."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
+    new = _new(path)
     try:
         with open(new, "wb") as file:
             file.write(content)

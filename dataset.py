@@ -2,7 +2,6 @@
 import ctypes
 import functools
 import hashlib
-import numbers
 import os
 import pickle
 import random
@@ -20,8 +19,10 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.datasets.utils import check_integrity
+
+from checks import is_number, is_seed, require
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images, by channel, 0 to 1
@@ -66,20 +67,21 @@ def normalise(images: np.ndarray | torch.Tensor) -> torch.Tensor:
     The result is a view of channels_last memory, the layout in which convolutions are fastest.
 
     Raises:
-        ValueError: the images are of another shape, as normalised ones are.
+        ValueError: the images are of another shape or type, as normalised ones are.
     """
     images = torch.as_tensor(images)
     require("shape of the images", tuple(images.shape), "(N, H, W, 3), uint8 images as make_loader's loaders deliver",
             images.ndim == 4 and images.shape[3] == 3)
-    mean, std = _mean_and_std(images.shape[2], images.device)
+    require("type of the images", images.dtype, "torch.uint8, pixels from 0 to 255", images.dtype == torch.uint8)
+    mean, std = (255 * each.repeat(images.shape[2]) for each in mean_and_std(images.device))
     rows = images.flatten(2).to(torch.float32, copy=True)  # by whole rows of pixels, three times as fast
     return rows.sub_(mean).div_(std).view(images.shape).permute(0, 3, 1, 2)
 
 
 @functools.cache
-def _mean_and_std(width, device):
-    """Return the two for each value of a row of pixels. They are made once, since a copy to a GPU waits for it."""
-    return [255 * torch.tensor(values, device=device).repeat(width) for values in (MEAN, STD)]
+def mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation by channel, (3,) each, made once a device: a copy to a GPU waits for it."""
+    return torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
 
 
 class CIFAR10(torchvision.datasets.CIFAR10):
@@ -124,9 +126,10 @@ class CIFAR10(torchvision.datasets.CIFAR10):
         """Return the items of one batch; DataLoader calls this.
 
         The indices of the batch seed its augmentations. So they don't depend on the number of workers, and no two
-        batches or epochs, which are shuffled differently, share a stream of random numbers.
+        batches or epochs, which are shuffled differently, share a stream of random numbers, unless a batch is one
+        image.
         """
-        if isinstance(self.transform, A.Compose):
+        if self.transform:
             seed = np.random.SeedSequence([self.seed, *indices])
             self.transform.set_random_state(np.random.default_rng(seed), random.Random(int(seed.generate_state(1)[0])))
         return [self[index] for index in indices]
@@ -157,16 +160,21 @@ class CIFAR10Sample(CIFAR10):
     columns = 50  # images in a row of a sheet
 
     def __init__(self, root=None, train=True, transform=None, seed=0):
-        self.train, self.transform, self.seed, self.classes = train, transform, seed, list(CLASSES)
-        split = "train" if train else "test"
-        path = Path(root or Path(__file__).parent / "sample") / f"{split}.webp"
+        root, split = Path(root or Path(__file__).parent / "sample"), "train" if train else "test"
+        torchvision.datasets.VisionDataset.__init__(self, root, transform=transform)
+        self.train, self.seed, self.classes = train, seed, list(CLASSES)
+        path = root / f"{split}.webp"
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != self.sha256[split]:
             raise RuntimeError(f"{path} is missing or damaged: take it from the repository again")
         sheet = np.asarray(Image.open(path).convert("RGB"))
         images = sheet.reshape(-1, 32, self.columns, 32, 3).swapaxes(1, 2)
         self.data = images.reshape(-1, 32, 32, 3).copy()
         self.targets = [number % len(CLASSES) for number in range(len(self.data))]
-        self.title = f"a sample of CIFAR-10, {len(self.data):,} images"
+
+    @property
+    def title(self) -> str:
+        """What figures and metrics call the data."""
+        return f"a sample of CIFAR-10, {len(self):,} images"
 
 
 DATASETS = {"CIFAR-10": CIFAR10, "sample": CIFAR10Sample}
@@ -177,25 +185,8 @@ def data_folder() -> Path:
     return Path(os.environ.get("CIFAR10_ROOT") or "data")
 
 
-def require(name: str, value: object, allowed: str, holds: bool) -> None:
-    """Raise a ValueError of one line that names the setting, its value and what is allowed, unless it holds."""
-    if not holds:
-        shown = " ".join(repr(value).split())
-        raise ValueError(f"{name} is {shown if len(shown) <= 200 else shown[:200] + '...'}: choose {allowed}")
-
-
-def is_number(value: object) -> bool:
-    """Say whether the value is a finite number, NumPy's included, and not a bool."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(abs(value) < 1e100)  # NaN is not
-
-
-def is_seed(value: object) -> bool:
-    """Say whether the value can seed a random generator."""
-    return type(value) is int and 0 <= value < 2**32
-
-
 def load_dataset(split: str = "train", data: str = "CIFAR-10", validation_size: int = 0,
-                 transform: A.Compose | None = None, seed: int = 0, root: str | Path | None = None) -> Dataset:
+                 transform: A.Compose | None = None, seed: int = 0, root: str | Path | None = None) -> CIFAR10:
     """Return one split of a data set.
 
     Args:
@@ -225,17 +216,9 @@ def load_dataset(split: str = "train", data: str = "CIFAR-10", validation_size: 
     require("validation_size", validation_size, f"1 to {len(dataset) - 1}, some of the training images",
             type(validation_size) is int and 0 < validation_size < len(dataset))
     border = len(dataset) - validation_size
-    return Subset(dataset, range(border) if split == "train" else range(border, len(dataset)))
-
-
-def base_of(dataset: Dataset) -> CIFAR10:
-    """Return the whole data set of which `dataset` may be a split."""
-    return getattr(dataset, "dataset", dataset)  # a Subset keeps it there
-
-
-def title_of(dataset: Dataset) -> str:
-    """Return the name of the data, which says so where they are not CIFAR-10."""
-    return base_of(dataset).title
+    part = slice(border) if split == "train" else slice(border, None)
+    dataset.data, dataset.targets = dataset.data[part], dataset.targets[part]
+    return dataset
 
 
 def make_loader(dataset: Dataset, batch_size: int = 256, shuffle: bool = False, num_workers: int | None = None,
@@ -247,8 +230,8 @@ def make_loader(dataset: Dataset, batch_size: int = 256, shuffle: bool = False, 
 
     Args:
         shuffle: whether each epoch has an order of its own, drawn from `loader.sampler.generator`.
-        num_workers: processes that augment, at most one for each core. By default as many for a shuffled loader,
-            none otherwise: there is nothing to augment.
+        num_workers: processes that augment, at most one for each core. By default as many, but no more than 8, for a
+            shuffled loader, and none otherwise: there is nothing to augment.
         seed: of the order.
 
     Raises:
@@ -257,7 +240,7 @@ def make_loader(dataset: Dataset, batch_size: int = 256, shuffle: bool = False, 
     """
     require("shuffle", shuffle, "True or False", isinstance(shuffle, bool))
     require("seed", seed, "a whole number, 0 to 4294967295", is_seed(seed))
-    num_workers = CORES * shuffle if num_workers is None else num_workers
+    num_workers = min(CORES, 8) * shuffle if num_workers is None else num_workers
     require("batch_size", batch_size, f"1 to {len(dataset)}, the size of the data set",
             type(batch_size) is int and 1 <= batch_size <= len(dataset))
     require("num_workers", num_workers, f"0 to {CORES}, the number of cores",

@@ -1,5 +1,6 @@
 """The device that the networks run on: which one, in which precision, and what it is called."""
 import ctypes
+import functools
 import platform
 from pathlib import Path
 
@@ -8,11 +9,14 @@ import numpy as np
 import torch
 import torchvision
 
-from dataset import require
+from checks import require
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """Return the named device, or the best one here: CUDA, then MPS, then CPU. A ValueError names others."""
+    """Return the named device, or the best one here: CUDA, then MPS, then CPU. A ValueError names others.
+
+    For a CPU with glibc it also sets the allocator of this process, which then keeps freed memory.
+    """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kinds = [kind for kind in there if there[kind]]
     require("device", name, f"None, or one of this machine: {', '.join(kinds)}", name is None or _exists(name, kinds))
@@ -39,11 +43,11 @@ def _exists(name, kinds):
 def mixed_precision(device: torch.device) -> torch.dtype | None:
     """Return the 16-bit type to train in on this device, or None where fp32 is the better choice.
 
-    CUDA: fp16, which every GPU has, with scaled gradients. CPU: bf16 where it pays, with Intel's AMX or AMD's
-    AVX512-BF16; with AVX512-BF16 alone, Intel's processors are slower in it than in fp32.
+    CUDA: bf16, or on older GPUs, which lack it, fp16 with scaled gradients. CPU: bf16 where it pays, with Intel's AMX
+    or AMD's AVX512-BF16; with AVX512-BF16 alone, Intel's processors are slower in it than in fp32.
     """
     if device.type == "cuda":
-        return torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     cpu = _cpuinfo() if device.type == "cpu" else ""
     return torch.bfloat16 if "amx_bf16" in cpu or ("avx512_bf16" in cpu and "AuthenticAMD" in cpu) else None
 
@@ -60,13 +64,16 @@ def make_scaler(device: torch.device) -> torch.amp.GradScaler:
 
 
 def hardware(device: torch.device) -> str:
-    """Return the name of the device."""
+    """Return the name of the device, and of a CPU the number of threads as well."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"GPU of {platform.machine()}"
     names = [line.split(":")[1].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")]
     return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
+@functools.cache
 def _cpuinfo():
     """Return what Linux says of its processors, or nothing elsewhere."""
     path = Path("/proc/cpuinfo")

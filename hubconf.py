@@ -4,7 +4,7 @@ from pathlib import Path
 from checkpoint import load
 from model import NetDilated
 
-dependencies = ["torch", "numpy", "tqdm"]
+dependencies = ["torch", "torchvision", "albumentations", "numpy", "PIL", "tqdm"]
 
 
 def net_dilated(pretrained: bool = False) -> NetDilated:
@@ -14,6 +14,6 @@ def net_dilated(pretrained: bool = False) -> NetDilated:
     evaluation mode; weights/NetDilated.json has their accuracy.
 
     Raises:
-        ValueError: the file of the weights is not the one that was committed.
+        ValueError: the file of the weights is not the one that was committed. FileNotFoundError: there is none.
     """
     return load("NetDilated", Path(__file__).parent / "weights")[0] if pretrained else NetDilated()

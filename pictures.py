@@ -9,8 +9,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from checkpoint import one_line
-from dataset import CLASSES, normalise, require, test_transform
-from recipe import positive
+from checks import positive, require
+from dataset import CLASSES, normalise, test_transform
 from utils import BLUE, finish_figure, show_image
 
 Source = str | Path | Image.Image | np.ndarray
@@ -84,6 +84,8 @@ def _to_bytes(values, mode):
 def classify(model: nn.Module, sources: Source | list[Source], count: int = 5, temperature: float = 1.0,
              classes: tuple[str, ...] = CLASSES) -> list:
     """Classify pictures of any size: return the `count` likeliest (class, probability) pairs of each, in order.
+
+    The model is left in evaluation mode.
 
     Args:
         sources: a list of what `open_picture` takes, from which a progress bar is made if it is long, or one of them.

@@ -1,4 +1,4 @@
-"""The run of the notebook as a command: `python train.py --quick --seed 1 --folder weights/seed-1`."""
+"""The run of the notebook as a command: `python train.py --quick --seed 1 --folder weights/quick-1`."""
 import argparse
 import ast
 import json
@@ -15,17 +15,22 @@ from torch.utils.data import DataLoader
 
 import utils
 from checkpoint import Checkpoint, add_metrics, load_teacher, save
-from dataset import load_dataset, make_loader, title_of, train_transform
+from dataset import load_dataset, make_loader, train_transform
 from device import hardware, make_scaler, pick_device
 from model import build_network
-from recipe import Recipe, make_ema, make_optimizer, make_scheduler, seed_everything
+from recipe import Recipe, make_optimizer, make_scheduler, seed_everything
 
 
 def run(recipe: Recipe, build: Callable[[], nn.Module] | None = None) -> tuple[nn.Module, dict]:
     """Train a network from scratch, save it with its metrics in the folder of the recipe, and return both.
 
-    A run that was interrupted goes on, and a finished one is loaded. `build` makes another network than the recipe's.
+    A run that was interrupted goes on, and a finished one is loaded. `build` makes another network than the recipe's,
+    which `load` does not know.
     With a `validation_size`, the metrics have the temperature that fits the validation images best.
+
+    Raises:
+        ValueError, RuntimeError, FloatingPointError: see `fit` and `load_dataset`.
+        FileNotFoundError: there is no teacher.
     """
     device, split = pick_device(), "validation" if recipe.validation_size else "test"
     seed_everything(recipe.seed)
@@ -35,11 +40,10 @@ def run(recipe: Recipe, build: Callable[[], nn.Module] | None = None) -> tuple[n
     train_loader = make_loader(train_set, recipe.batch_size, True, recipe.num_workers, recipe.seed)
     test_loader = make_loader(test_set, min(500, len(test_set)))
     model = (build() if build else build_network(recipe.network)).to(device, memory_format=torch.channels_last)
-    teacher = recipe.teacher and load_teacher(recipe.teacher, recipe.data)
+    teacher = recipe.teacher and load_teacher(recipe.teacher, recipe.data, recipe.validation_size)
     history = fit(model, recipe, train_loader, test_loader, teacher)
-    metrics = save(model, utils.run_metrics(model, recipe, history, title_of(test_set)), recipe.folder)
-    measured = {f"{split}_accuracy_tta": utils.loss_and_accuracy(*utils.predict(model, test_loader, tta=True))[1],
-                "sample_mistakes": utils.sample_mistakes(model)}
+    metrics = save(model, utils.run_metrics(model, recipe, history, test_set.title), recipe.folder)
+    measured = {"sample_mistakes": utils.sample_mistakes(model)}
     if recipe.validation_size:
         measured["temperature"] = utils.fit_temperature(*utils.predict(model, test_loader))
     return model, add_metrics(metrics, recipe.folder, **measured)
@@ -58,30 +62,28 @@ def fit(model: nn.Module, recipe: Recipe, train_loader: DataLoader, test_loader:
     teacher = teacher and teacher.to(device, memory_format=torch.channels_last)
     optimizer, scaler = make_optimizer(model, recipe), make_scaler(device)
     scheduler = make_scheduler(optimizer, recipe, len(train_loader))
-    ema = make_ema(model, recipe, len(train_loader))
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "ema": ema}
-    print(f"{recipe.epochs} epochs on {hardware(device)}, data: {title_of(train_loader.dataset)}")
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    print(f"{recipe.epochs} epochs on {hardware(device)}, data: {train_loader.dataset.title}")
     path = Path(recipe.folder, f"{type(model).__name__}.ckpt")
     with Checkpoint(path, recipe, train_loader, teacher, parts) as checkpoint:
         for epoch in checkpoint.remaining_epochs():
             start = time.perf_counter()
-            train_metrics = utils.train(model, checkpoint.batches(epoch), recipe, epoch, optimizer, scheduler,
-                                        scaler, ema, teacher)
-            test_metrics = utils.test(utils.averaged(model, ema), test_loader)
+            train_metrics = utils.train(model, checkpoint.batches(epoch), recipe, epoch, optimizer, scheduler, scaler,
+                                        teacher)
+            test_metrics = utils.test(model, test_loader)
             checkpoint.log(*train_metrics, *test_metrics, time.perf_counter() - start)
             checkpoint.save()
-    model.load_state_dict(utils.averaged(model, ema).state_dict())
     return checkpoint.history
 
 
 def estimate(recipe: Recipe, images: int, device: torch.device, teacher: nn.Module | None = None) -> float:
-    """Return about how many seconds the training steps of a run take on this device.
+    """Return about how many seconds the training steps of a run take on this device, without its tests.
 
-    Two steps are timed at each image size. `images` is the size of the training set. The random generators stay as
-    they were.
+    Two steps are timed at each image size. `images` is the size of the training set. The random generators of the CPU
+    and of CUDA stay as they were.
     """
     count, seconds = min(recipe.batch_size, images), 0.0
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         model = build_network(recipe.network).to(device, memory_format=torch.channels_last)
         optimizer = make_optimizer(model, recipe)
         batch = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (count,))
@@ -97,13 +99,14 @@ def estimate(recipe: Recipe, images: int, device: torch.device, teacher: nn.Modu
 
 def announce(recipe: Recipe) -> str:
     """Return in one line how long a run takes here, and how long the quick one, with the accuracy that it reached."""
-    device, teacher = pick_device(), recipe.teacher and load_teacher(recipe.teacher, recipe.data)
+    device = pick_device()
+    teacher = recipe.teacher and load_teacher(recipe.teacher, recipe.data, recipe.validation_size)
     teacher = teacher and teacher.to(device, memory_format=torch.channels_last)
     images = len(load_dataset("train", recipe.data, recipe.validation_size))
     quick = json.loads((Path(__file__).parent / "benchmarks" / "quick.json").read_text())
-    times = [duration(estimate(recipe, images, device, teacher)), duration(estimate(Recipe.quick(), images, device))]
-    return (f"about {times[0]} on {hardware(device)} ({recipe.epochs} epochs); Recipe.quick() takes about {times[1]} "
-            f"and reaches {quick['mean_test_accuracy']:.1f} % on CIFAR-10")
+    times = [duration(estimate(recipe, images, device, teacher)), duration(estimate(Recipe.quick(), 50_000, device))]
+    return (f"about {times[0]} of training steps on {hardware(device)} ({recipe.epochs} epochs); Recipe.quick() takes "
+            f"about {times[1]} and reaches {quick['mean_test_accuracy']:.1f} % on CIFAR-10")
 
 
 def duration(seconds: float) -> str:

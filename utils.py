@@ -11,13 +11,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import Dataset, Subset
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_calibration_error,
     multiclass_confusion_matrix,
 )
+from torchvision.transforms.v2.functional import gaussian_blur, resize
 
 from checker.layout import convolution_units
 from checker.operations import (
@@ -29,12 +28,13 @@ from checker.operations import (
 )
 from checker.tables import markdown_table
 from checkpoint import write_file
-from dataset import base_of, load_dataset, make_loader, normalise, require
+from checks import positive, require
+from dataset import CIFAR10, load_dataset, make_loader, mean_and_std, normalise
 from device import autocast, hardware, versions
-from recipe import Recipe, make_scheduler, positive
+from recipe import Recipe, make_scheduler
 
 COLOURS = BLUE, ORANGE, *_ = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"  # Okabe and Ito: safe for all eyes
-CORRUPTIONS = {  # of test images, at five strengths
+CORRUPTIONS = {  # of test images, at five severities; JPEG and brightness are not in training, see `corrupt`
     "noise": [A.GaussNoise((strength, strength), p=1) for strength in (0.02, 0.04, 0.06, 0.08, 0.1)],
     "blur": [A.GaussianBlur(0, (sigma, sigma), p=1) for sigma in (0.4, 0.6, 0.8, 1, 1.2)],
     "JPEG": [A.ImageCompression("jpeg", (quality, quality), p=1) for quality in (80, 65, 50, 35, 20)],
@@ -51,7 +51,7 @@ PUBLISHED = {  # epochs and test accuracy in percent, as the published answers s
 
 def train(model: nn.Module, loader: Iterable, recipe: Recipe, epoch: int, optimizer: torch.optim.Optimizer,
           scheduler: torch.optim.lr_scheduler.LRScheduler | None = None, scaler: torch.amp.GradScaler | None = None,
-          ema: AveragedModel | None = None, teacher: nn.Module | None = None) -> tuple[float, float]:
+          teacher: nn.Module | None = None) -> tuple[float, float]:
     """Train one epoch, counted from 0, and return its mean cross entropy and its accuracy in percent.
 
     Args:
@@ -59,7 +59,6 @@ def train(model: nn.Module, loader: Iterable, recipe: Recipe, epoch: int, optimi
         recipe: the size of the images in this epoch, and the distillation.
         scheduler: stepped after each batch.
         scaler: of the gradients of fp16, see `make_scaler`.
-        ema: updated after each batch of the second half of the run; it needs the scheduler.
         teacher: a trained network in evaluation mode. It sees the images at full size.
 
     Raises:
@@ -77,14 +76,12 @@ def train(model: nn.Module, loader: Iterable, recipe: Recipe, epoch: int, optimi
             scaler.scale(objective).backward()
         except torch.OutOfMemoryError as error:
             raise RuntimeError(f"the memory of {hardware(device)} is too small for batch_size {len(labels)}: "
-                               f"try {max(1, len(labels) // 2)}") from error
+                               f"try {max(2, len(labels) // 2)}") from error
         scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
         if scheduler and scaler.get_scale() >= scale:  # the scaler skips a step whose gradients overflow
             scheduler.step()
-            if ema and scheduler.last_epoch > scheduler.total_steps / 2:
-                ema.update_parameters(model)
         losses.append(loss.detach())
         correct.append((logits.argmax(1) == labels).sum())
         counts.append(len(labels))
@@ -96,8 +93,9 @@ def train(model: nn.Module, loader: Iterable, recipe: Recipe, epoch: int, optimi
 def _forward(model, images, labels, recipe, epoch, teacher):
     """Return the cross entropy, the objective (with a teacher, a mix with the distillation loss) and the logits."""
     device = images.device
+    seen = resize(corrupt(images, recipe.corruption), [recipe.image_size(epoch)] * 2)
     with autocast(device):
-        logits = model(resize(images, recipe.image_size(epoch)))
+        logits = model(seen)
     loss = F.cross_entropy(logits.float(), labels)
     if teacher is None:
         return loss, loss, logits
@@ -108,41 +106,50 @@ def _forward(model, images, labels, recipe, epoch, teacher):
     return loss, (1 - weight) * loss + weight * distillation, logits
 
 
-def averaged(model: nn.Module, ema: AveragedModel | None) -> nn.Module:
-    """Return the network with the averaged weights, or the model itself as long as there is no average."""
-    return ema.module if ema and ema.n_averaged else model
+def corrupt(images: torch.Tensor, probability: float) -> torch.Tensor:
+    """Return normalised (N, 3, H, W) images. Each gets noise, blur or low contrast, one of them, with `probability`.
 
-
-def resize(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Return (N, C, H, W) images as (N, C, size, size); smaller pixels are averages of the larger image's."""
-    if images.shape[-1] == size:
+    Each of them has a random strength from 0 to 1. Gaussian noise has a standard deviation of 0.1 times the strength
+    squared, as a share of the range of pixels, so it is mostly weak. Blur is between the image (strength 0) and its
+    Gaussian blur of 1.2 pixels (1). Low contrast is a mix of the image with one random grey, at most 80 % of it.
+    Values are not clipped.
+    """
+    if not probability:
         return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    shape = len(images), 1, 1, 1
+    draw, strength, brightness = torch.rand(3, *shape, device=images.device)
+    kind = torch.randint(3, shape, device=images.device)
+    mean, std = (each.view(3, 1, 1) for each in mean_and_std(images.device))
+    noise = images + 0.1 * strength**2 / std * torch.randn_like(images)
+    blur = torch.lerp(images, gaussian_blur(images, 9, 1.2), strength)
+    low_contrast = torch.lerp(images, (brightness - mean) / std, 0.8 * strength)
+    for number, corrupted in enumerate((noise, blur, low_contrast)):
+        images = torch.where((draw < probability) & (kind == number), corrupted, images)
+    return images
 
 
 def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return the mean Kullback-Leibler divergence from the teacher's probabilities, times the temperature squared.
+    """Return the mean Kullback-Leibler divergence KL(teacher || student), times the temperature squared.
 
-    Both (N, classes) logits are divided by the temperature first. Hinton et al., Distilling the knowledge in a neural
-    network, https://arxiv.org/abs/1503.02531.
+    Both (N, classes) logits are divided by the temperature first. The factor keeps the gradients of the same size
+    whatever the temperature is. Hinton et al., Distilling the knowledge in a neural network,
+    https://arxiv.org/abs/1503.02531.
     """
     ours, theirs = (F.log_softmax(values / temperature, 1) for values in (logits, teacher_logits))
     return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, loader: Iterable, tta: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the (N, classes) logits and the (N,) labels of a whole loader, on the CPU, computed in fp32.
+def predict(model: nn.Module, loader: Iterable) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the (N, classes) logits and the (N,) labels of a whole loader, on the CPU, without mixed precision.
 
-    With `tta` (test-time augmentation) the logits are the means of those of each image and its mirror image.
+    The model is left in evaluation mode.
     """
     device = next(model.parameters()).device
     model.eval()
     batches = []
     for images, labels in loader:
-        images = normalise(images.to(device))
-        logits = (model(images) + model(images.flip(3))) / 2 if tta else model(images)
-        batches.append((logits.cpu(), labels))
+        batches.append((model(normalise(images.to(device))).cpu(), labels))
     logits, labels = zip(*batches, strict=True)
     return torch.cat(logits), torch.cat(labels)
 
@@ -176,20 +183,20 @@ def sample_mistakes(model: nn.Module) -> list[int]:
     return (logits.argmax(1) != labels).nonzero().flatten().tolist()
 
 
-def accuracy_by_class(dataset: Dataset, logits: torch.Tensor) -> dict[str, float]:
+def accuracy_by_class(dataset: CIFAR10, logits: torch.Tensor) -> dict[str, float]:
     """Return the accuracy in percent of (N, classes) logits on the images of each class, by its name."""
-    classes, labels = base_of(dataset).classes, torch.tensor(base_of(dataset).targets)
-    accuracies = 100 * multiclass_accuracy(logits, labels, len(classes), average="none")
+    classes = dataset.classes
+    accuracies = 100 * multiclass_accuracy(logits, torch.tensor(dataset.targets), len(classes), average="none")
     return dict(zip(classes, accuracies.tolist(), strict=True))
 
 
-def calibration_error(dataset: Dataset, logits: torch.Tensor, bins: int = 15) -> float:
+def calibration_error(dataset: CIFAR10, logits: torch.Tensor, bins: int = 15) -> float:
     """Return the expected calibration error of (N, classes) logits in percent.
 
     It is the mean distance of confidence and accuracy, over bins of confidence. Guo et al., On calibration of modern
     neural networks, https://arxiv.org/abs/1706.04599.
     """
-    labels = torch.tensor(base_of(dataset).targets)
+    labels = torch.tensor(dataset.targets)
     return 100 * multiclass_calibration_error(logits.softmax(1), labels, logits.shape[1], bins).item()
 
 
@@ -212,46 +219,55 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
     return log_temperature.exp().item()
 
 
-def accuracy_under_corruptions(model: nn.Module, dataset: Dataset, images: int = 2000) -> dict[str, list[float]]:
-    """Return the accuracies in percent on the first test images, clean and corrupted at five strengths, by corruption.
+def accuracy_under_corruptions(model: nn.Module, dataset: CIFAR10, images: int = 2000) -> dict[str, list[float]]:
+    """Return six accuracies in percent by kind of corruption: on clean images, and corrupted at five severities.
+
+    They are those of the first images of the data set, `images` of them at most.
 
     After Hendrycks and Dietterich, Benchmarking neural network robustness, https://arxiv.org/abs/1903.12261.
     """
-    first = range(min(images, len(dataset)))
-    batch_size = min(500, len(first))
-    clean = test(model, make_loader(Subset(dataset, first), batch_size))[1]
+    first = copy.copy(dataset)
+    first.data, first.targets = dataset.data[:images], dataset.targets[:images]
+    loader = make_loader(first, min(500, len(first)))
+    clean = test(model, loader)[1]
     accuracies = {name: [clean] for name in CORRUPTIONS}
-    corrupted = copy.copy(dataset)
     for name, transforms in CORRUPTIONS.items():
         for transform in transforms:
-            corrupted.transform = A.Compose([transform])
-            accuracies[name].append(test(model, make_loader(Subset(corrupted, first), batch_size))[1])
+            first.transform = A.Compose([transform])
+            accuracies[name].append(test(model, loader)[1])
     return accuracies
+
+
+def mean_accuracy_under_corruptions(accuracies: dict[str, list[float]],
+                                    kinds: Iterable[str] = tuple(CORRUPTIONS)) -> float:
+    """Return the mean over the severities of these kinds of corruption, without the clean images, in percent.
+
+    `accuracies` is the result of `accuracy_under_corruptions`.
+    """
+    return np.mean([accuracies[kind][1:] for kind in kinds]).item()
 
 
 def comparison_table(all_metrics: list[dict]) -> str:
     """Return the metrics of several networks as a Markdown table, the published accuracies beside ours."""
-    head = ("network", "parameters:", "receptive field:", "epochs:", "test accuracy %:", "with TTA %:",
-            "published accuracy %:")
+    head = ("network", "parameters:", "receptive field:", "epochs:", "test accuracy %:", "published accuracy %:")
     return markdown_table(head, [
         (metrics["network"], f"{metrics['parameters']:,}", str(metrics["receptive_field"]),
-         str(metrics["recipe"]["epochs"]), f"{metrics['test_accuracy']:.2f}", f"{metrics['test_accuracy_tta']:.2f}",
+         str(metrics["recipe"]["epochs"]), f"{metrics['test_accuracy']:.2f}",
          PUBLISHED.get(metrics["network"], ("", ""))[1]) for metrics in all_metrics])
 
 
 # ---------------------------------------------------------------- plots
 
-def plot_augmentations(dataset: Dataset, path: str | Path, rows: int = 5, columns: int = 10) -> plt.Figure:
+def plot_augmentations(dataset: CIFAR10, path: str | Path, rows: int = 5, columns: int = 10) -> plt.Figure:
     """Draw training images as they are (first row) and as the network sees them; save to `path`, return the figure."""
-    base = base_of(dataset)
     figure, axes = plt.subplots(rows, columns, figsize=(10, 1.05 * rows + 0.6), layout="constrained")
     for line, index in zip(axes.T, np.linspace(0, len(dataset) - 1, columns, dtype=int).tolist(), strict=True):
         augmented = dataset.__getitems__([index] * (rows - 1))
         label = augmented[0][1]
-        for axis, image in zip(line, [base.data[index], *(image for image, _ in augmented)], strict=True):
+        for axis, image in zip(line, [dataset.data[index], *(image for image, _ in augmented)], strict=True):
             show_image(axis, image)
-        line[0].set_title(base.classes[label], fontsize=10)
-    figure.suptitle(f"{base.title}: training images, and four augmented versions of each")
+        line[0].set_title(dataset.classes[label], fontsize=10)
+    figure.suptitle(f"{dataset.title}: training images, and {rows - 1} augmented versions of each")
     return finish_figure(figure, path)
 
 
@@ -297,8 +313,6 @@ def _plot_curves(history, name, unit, path, recipe, data):
             axis.axvline(epoch + 0.5, color="grey", linestyle=":", linewidth=1)
             axis.text(epoch + 0.7, 0.02, f"{recipe.image_size(epoch)} pixels", color="grey", fontsize=8,
                       transform=axis.get_xaxis_transform())
-    if recipe.ema:
-        axis.axvline(recipe.epochs / 2 + 0.5, color=COLOURS[2], linewidth=1, label="start of the EMA")
     axis.set(xlabel="epoch", ylabel=unit, title=f"{name.capitalize()} on {data}")
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
@@ -306,14 +320,13 @@ def _plot_curves(history, name, unit, path, recipe, data):
     return finish_figure(figure, path)
 
 
-def plot_misclassified(dataset: Dataset, logits: torch.Tensor, path: str | Path, rows: int = 3, columns: int = 8,
+def plot_misclassified(dataset: CIFAR10, logits: torch.Tensor, path: str | Path, rows: int = 3, columns: int = 8,
                        most_confident: bool = False) -> plt.Figure:
     """Draw test images that the (N, classes) logits get wrong: the first ones, or the most confidently wrong ones.
 
     Above each are the predicted class and its probability, below it the true class. Save to `path`, return the figure.
     """
-    base = base_of(dataset)
-    labels = torch.tensor(base.targets)
+    labels = torch.tensor(dataset.targets)
     confidence, predicted = logits.softmax(1).max(1)
     wrong = (predicted != labels).nonzero().flatten()
     if most_confident:
@@ -322,32 +335,31 @@ def plot_misclassified(dataset: Dataset, logits: torch.Tensor, path: str | Path,
     for axis in axes.flat:
         axis.axis("off")
     for axis, index in zip(axes.flat, wrong.tolist(), strict=False):
-        show_image(axis, base.data[index])
-        axis.set_title(f"{base.classes[predicted[index]]} {confidence[index]:.0%}", fontsize=9, color=ORANGE, pad=3)
-        axis.text(0.5, -0.04, f"is {base.classes[labels[index]]}", fontsize=9, color=BLUE, ha="center", va="top",
+        show_image(axis, dataset.data[index])
+        axis.set_title(f"{dataset.classes[predicted[index]]} {confidence[index]:.0%}", fontsize=9, color=ORANGE, pad=3)
+        axis.text(0.5, -0.04, f"is {dataset.classes[labels[index]]}", fontsize=9, color=BLUE, ha="center", va="top",
                   transform=axis.transAxes)
-    figure.suptitle(f"{base.title}: {len(wrong):,} of {len(labels):,} test images are misclassified; the "
+    figure.suptitle(f"{dataset.title}: {len(wrong):,} of {len(labels):,} test images are misclassified; the "
                     f"{'most confident' if most_confident else 'first'} of them")
     return finish_figure(figure, path)
 
 
-def plot_confusion(dataset: Dataset, logits: torch.Tensor, path: str | Path) -> plt.Figure:
+def plot_confusion(dataset: CIFAR10, logits: torch.Tensor, path: str | Path) -> plt.Figure:
     """Draw the confusion matrix of (N, classes) logits, a row a true class; save to `path`, return the figure."""
-    base = base_of(dataset)
-    counts = multiclass_confusion_matrix(logits, torch.tensor(base.targets), len(base.classes)).numpy()
-    shares = 100 * counts / counts.sum(1, keepdims=True)
+    labels, classes = torch.tensor(dataset.targets), len(dataset.classes)
+    shares = 100 * multiclass_confusion_matrix(logits, labels, classes, normalize="true").numpy()
     figure, axis = plt.subplots(figsize=(8, 6.6), layout="constrained")
-    axis.imshow(np.where(np.eye(len(counts), dtype=bool), np.nan, shares), cmap="Oranges", vmin=0, vmax=20)
-    for row, column in np.ndindex(counts.shape):
+    axis.imshow(np.where(np.eye(classes, dtype=bool), np.nan, shares), cmap="Oranges", vmin=0, vmax=20)
+    for row, column in np.ndindex(shares.shape):
         axis.text(column, row, f"{shares[row, column]:.1f}", ha="center", va="center", fontsize=9,
                   fontweight="bold" if row == column else "normal")
-    axis.set_xticks(range(len(counts)), base.classes, rotation=45, ha="right")
-    axis.set_yticks(range(len(counts)), base.classes)
-    axis.set(xlabel="predicted", ylabel="true", title=f"{base.title}: of each true class, % predicted as")
+    axis.set_xticks(range(classes), dataset.classes, rotation=45, ha="right")
+    axis.set_yticks(range(classes), dataset.classes)
+    axis.set(xlabel="predicted", ylabel="true", title=f"{dataset.title}: of each true class, % predicted as")
     return finish_figure(figure, path)
 
 
-def plot_reliability(dataset: Dataset, logits: torch.Tensor, path: str | Path, temperature: float = 1.0,
+def plot_reliability(dataset: CIFAR10, logits: torch.Tensor, path: str | Path, temperature: float = 1.0,
                      bins: int = 15) -> plt.Figure:
     """Draw the reliability diagram of (N, classes) logits: accuracy over confidence, in bins of equal width.
 
@@ -355,12 +367,11 @@ def plot_reliability(dataset: Dataset, logits: torch.Tensor, path: str | Path, t
     Save to `path`, return the figure.
     """
     require("temperature", temperature, "a number above 0", positive(temperature))
-    base = base_of(dataset)
     figure, axis = plt.subplots(figsize=(6, 4.6), layout="constrained")
     axis.plot([0, 100], [0, 100], color="grey", linestyle="--", label="perfect calibration")
     for divisor, colour, marker in zip(dict.fromkeys((1.0, temperature)), COLOURS, "os", strict=False):
         confidence, predicted = (logits / divisor).softmax(1).max(1)
-        confidence, right = confidence.double().numpy(), (predicted == torch.tensor(base.targets)).numpy()
+        confidence, right = confidence.double().numpy(), (predicted == torch.tensor(dataset.targets)).numpy()
         places = np.minimum((confidence * bins).astype(int), bins - 1)
         accuracy, mean = ([100 * values[places == place].mean() for place in np.unique(places)]
                           for values in (right, confidence))
@@ -368,31 +379,31 @@ def plot_reliability(dataset: Dataset, logits: torch.Tensor, path: str | Path, t
         axis.plot(mean, accuracy, color=colour, marker=marker, linewidth=1,
                   label=f"temperature {divisor:.3g}: calibration error {error:.1f} %")
     axis.set(xlabel="confidence, %", ylabel="accuracy of the images in a bin, %", xlim=(0, 100), ylim=(0, 103),
-             title=f"{base.title}: accuracy over confidence")
+             title=f"{dataset.title}: accuracy over confidence")
     axis.legend(loc="upper left")
     return finish_figure(figure, path)
 
 
 def plot_corruptions(accuracies: dict[str, list[float]], path: str | Path, data: str = "CIFAR-10") -> plt.Figure:
-    """Draw the result of `accuracy_under_corruptions` over the strength; save to `path`, return the figure."""
+    """Draw the result of `accuracy_under_corruptions` over the severity; save to `path`, return the figure."""
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for (name, values), colour, marker in zip(accuracies.items(), COLOURS, "osD^v", strict=True):
         axis.plot(range(len(values)), values, color=colour, marker=marker, markersize=5, label=name)
-    axis.set(xlabel="strength of the corruption", ylabel="accuracy, %", xticks=range(len(values)),
+    axis.set(xlabel="severity of the corruption", ylabel="accuracy, %", xticks=range(len(values)),
              title=f"Accuracy on corrupted {data}")
     axis.grid(alpha=0.3)
     axis.legend()
     return finish_figure(figure, path)
 
 
-def plot_receptive_field(model: nn.Module, dataset: Dataset, path: str | Path, mosaics: int = 4) -> plt.Figure:
-    """Draw the effective receptive field after each convolution, and the theoretical one as a square around it.
+def plot_receptive_field(model: nn.Module, dataset: CIFAR10, path: str | Path, mosaics: int = 4) -> plt.Figure:
+    """Draw the effective receptive field after each convolution of a `Network`, the theoretical one as a square.
 
     It is how much each pixel weighs in one position of the map: the mean gradient on mosaics of 4x4 images of the data
     set. Save to `path`, return the figure.
     """
-    base, operations = base_of(dataset), trace(model)
-    images = normalise(base.data[:16 * mosaics]).reshape(mosaics, 4, 4, 3, 32, 32)
+    operations = trace(model)
+    images = normalise(dataset.data[:16 * mosaics]).reshape(mosaics, 4, 4, 3, 32, 32)
     images = images.permute(0, 3, 1, 4, 2, 5).reshape(mosaics, 3, 128, 128)
     units = convolution_units(operations)
     model = copy.deepcopy(model).cpu()
@@ -409,7 +420,35 @@ def plot_receptive_field(model: nn.Module, dataset: Dataset, path: str | Path, m
     return finish_figure(figure, path)
 
 
-def plot_kernels(layers: dict[str, nn.Conv2d], path: str | Path) -> plt.Figure:
+def plot_mirror(model: nn.Module, kernel: torch.Tensor, dataset: CIFAR10, path: str | Path) -> plt.Figure:
+    """Draw a (k, k) kernel and the first image of a data set, their mirror images, and the logits of three images.
+
+    Batch norm uses the statistics of the batch, so the model need not be trained. The batch has the mirror image of
+    each image, so both channels of a pair have the same statistics. Save to `path`, return the figure.
+    """
+    images, kernel = dataset.data[:8], kernel.detach().cpu().numpy()
+    batch = normalise(np.concatenate([images, images[:, :, ::-1]])).to(next(model.parameters()).device)
+    with torch.no_grad():
+        logits = copy.deepcopy(model).train()(batch).cpu()
+    image = images[0]
+    bars = {"the image": logits[0], "its mirror image": logits[len(images)], "another image": logits[1]}
+    figure, axes = plt.subplots(1, 5, figsize=(11, 2.6), width_ratios=(2, 2, 2, 2, 4), layout="constrained")
+    parts = [("a kernel", kernel), ("its mirror image", kernel[:, ::-1]),
+             ("an image", image), ("its mirror image", image[:, ::-1])]
+    for axis, (title, part) in zip(axes, parts, strict=False):
+        axis.imshow(part, cmap="RdBu", vmin=-abs(kernel).max(), vmax=abs(kernel).max())  # colours of the kernel
+        axis.set_title(title, fontsize=10)
+        axis.axis("off")
+    for (name, row), colour, shift in zip(bars.items(), COLOURS, (-0.27, 0, 0.27), strict=False):
+        axes[4].bar(np.arange(len(row)) + shift, row.numpy(), 0.27, color=colour, label=name)
+    axes[4].set_xticks(range(len(dataset.classes)), dataset.classes, rotation=90, fontsize=8)
+    axes[4].set_title("logits", fontsize=10)
+    axes[4].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(f"{dataset.title}: a mirrored pair of kernels, and the logits of a mirrored image")
+    return finish_figure(figure, path)
+
+
+def plot_kernels(layers: dict[str, nn.Module], path: str | Path) -> plt.Figure:
     """Draw which positions of its input one output position of each depthwise layer, by title, works on.
 
     Save to `path`, return the figure.

@@ -94,7 +94,7 @@ def _described(error):
 
 def _import(file):
     """Return the module of a file. It may import its neighbours, by their names or as those of a package."""
-    for name in ("checker", "checkpoint", "dataset", "model", "rules"):  # they may have the names of ours
+    for name in ("checker", "checkpoint", "dataset", "model", "recipe", "rules"):  # they may have the names of ours
         sys.modules.pop(name, None)
     name = file.parent.name
     if name in sys.modules or (file.parent / f"{name}.py").exists():  # the package must not hide another module

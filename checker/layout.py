@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from checker.operations import trace
+from checker.operations import trace, whole_pixels
 from checker.tables import markdown_table
 from checker.tracer import Operation
 from dataset import CLASSES
@@ -73,7 +73,7 @@ def layers_table(model: nn.Module) -> str:
     for number, unit in enumerate(convolution_units(trace(model)), 1):
         last = unit[-1]
         rows.append((str(number), describe(unit), f"{last.channels[1]} x {last.size[1]} x {last.size[1]}",
-                     f"{last.receptive_field:g}", f"{last.jump * last.stride:g}"))
+                     f"{whole_pixels(last.receptive_field)}", f"{last.jump * last.stride:g}"))
     return markdown_table(("", "convolution", "output", "receptive field:", "jump:"), rows)
 
 

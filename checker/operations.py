@@ -65,7 +65,11 @@ def receptive_field(model: nn.Module) -> int | float:
     It is infinite if a position sees the whole image at any size, as after self-attention. What is pooled from a map
     only to weigh it, as in squeeze-and-excitation, does not count.
     """
-    field = field_before(trace(model))
+    return whole_pixels(field_before(trace(model)))
+
+
+def whole_pixels(field: float) -> int | float:
+    """Return a receptive field in the pixels that it really reaches: half a pixel of an upsampled image is none."""
     return field if math.isinf(field) else int(field + 1e-6)
 
 

@@ -176,7 +176,7 @@ class Tracer(TorchDispatchMode):
         if len(self.operations) == self.end:
             raise End
         field = (before if path.pooled else path).field()
-        channels = channels or tuple(each[min(1, len(each) - 1)] for each in (call.shape, call.outputs[0].shape))
+        channels = channels or tuple([1, *each[:2]][-1] for each in (call.shape, call.outputs[0].shape))
         self.operations.append(Operation(kind, call.name, self.stack[-1], channels, tuple(size), kernel, stride,
                                          dilation, groups, before.jump, field, frozenset(before.sources)))
         return replace(path, sources={len(self.operations) - 1})
@@ -338,7 +338,7 @@ class Tracer(TorchDispatchMode):
         before = before.map or before
         side = call.shape[-1] if {2, 3} <= set(dims) else max(before.sides())
         return self._record(call, _global_kind(call.name), replace(path, pooled=True, map=None), before, (side, 1),
-                            side, channels=(call.shape[1], output.shape[-1]))
+                            side)
 
     def _resize(self, call):
         """Interpolate, which is PyTorch's "upsample" in both directions."""

@@ -13,7 +13,6 @@ import shutil
 import signal
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,11 +22,11 @@ from torch import nn
 import checkpoint
 import train
 import utils
-from checkpoint import Checkpoint, add_metrics, load, load_history, load_metrics, load_teacher, save, write_file
+from checkpoint import Checkpoint, add_metrics, load, load_metrics, load_teacher, save, write_file
 from dataset import CORES, load_dataset, make_loader, train_transform
 from model import NetDilated
-from recipe import Recipe, seed_everything
-from tiny import SHORT, STEPS, Run, Tiny, equal, state
+from recipe import Recipe, make_optimizer, make_scheduler, seed_everything
+from tiny import SHORT, STEPS, Code, Run, Tiny, equal, state
 
 PROCESSES = multiprocessing.get_context("forkserver")  # nothing is shared but what the arguments say
 PROCESSES.set_forkserver_preload(["albumentations", "matplotlib.pyplot", "torchmetrics.functional.classification"])
@@ -124,6 +123,10 @@ def within_batch(number):
     return arrange
 
 
+def history_in(path):
+    return torch.load(path, weights_only=True)["history"]
+
+
 def disk_full_after(writes):
     """Return what takes the place of os.fsync when there is room for so many files only."""
     numbers = itertools.count(1)
@@ -143,7 +146,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(root, tmp_path, finished, caps
     with another_process(root, tmp_path, die_while_writing=True) as process:
         process.join()
         assert process.exitcode == -signal.SIGKILL and path.with_name("Tiny.ckpt.new").stat().st_size == 1000
-    assert len(load_history(path)["seconds"]) == 1
+    assert len(history_in(path)["seconds"]) == 1
     before = path.with_name("Tiny.ckpt.previous")
     before.unlink()
     with another_process(root, tmp_path, workers=1, pause=0.03) as process:
@@ -179,6 +182,15 @@ def test_where_there_is_no_fcntl_the_lock_is_that_of_windows(tmp_path, monkeypat
             checkpoint._lock(tmp_path / "Tiny.ckpt")
 
 
+def test_a_folder_without_locks_is_named_and_training_goes_on(tmp_path, monkeypatch, capsys):
+    def lockf(file, how):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(checkpoint, "fcntl", SimpleNamespace(lockf=lockf, LOCK_EX=0, LOCK_NB=0))
+    checkpoint._lock(tmp_path / "Tiny.ckpt").close()
+    assert f"{tmp_path} can't lock files (Operation not supported): take care" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arrange, kept", [
     (before_step(2, training=True), 0), (before_step(2, training=False), 1), (within_batch(2 * STEPS + 2), 2),
 ], ids=["first epoch", "test of the second", "batch of the third"])
@@ -191,7 +203,7 @@ def test_after_ctrl_c_the_same_cell_goes_on_to_the_same_weights(arrange, kept, r
         run.fit()
     assert capsys.readouterr().out.endswith(
         f"interrupted: {kept} epochs are kept in {run.path}, run again to go on\n")
-    assert load_history(run.path)["test_loss"] == finished.history["test_loss"][:kept]
+    assert history_in(run.path)["test_loss"] == finished.history["test_loss"][:kept]
     assert equal(state(run.model), torch.load(run.path, weights_only=True)["model"])  # the last whole epoch
     history = run.fit()
     assert equal(state(run.model), finished.weights) and history["train_loss"] == finished.history["train_loss"]
@@ -209,7 +221,7 @@ def test_the_weights_are_the_same_at_any_number_of_workers(workers, root, tmp_pa
 def test_a_finished_run_is_loaded_and_shows_its_epochs_again(root, copied, finished, capsys):
     run = Run(root, copied.parent)
     run.teacher.forward = None  # nothing is trained
-    assert run.fit() == finished.history == load_history(copied)
+    assert run.fit() == finished.history == history_in(copied)
     assert equal(state(run.model), finished.weights)
     first, loaded, *table = capsys.readouterr().out.splitlines()
     assert loaded == f"{copied}: finished before, loaded" and [first, *table] == finished.output.splitlines()
@@ -226,8 +238,41 @@ def test_a_damaged_or_missing_checkpoint_gives_way_to_the_one_before(damage, roo
     run = Run(root, copied.parent)
     run.fit()
     output = capsys.readouterr().out
-    assert f"{copied} is damaged or missing: going back" in output and "going on with epoch 4\n" in output
+    assert f"{copied} is damaged or missing: going on from Tiny.ckpt.previous\n" in output
+    assert "going on with epoch 4\n" in output
     assert equal(state(run.model), finished.weights)
+
+
+def test_a_new_checkpoint_that_a_kill_left_aside_is_the_newest(root, copied, finished, capsys):
+    copied.rename(copied.with_name("Tiny.ckpt.new"))  # killed between the two renames
+    run = Run(root, copied.parent)
+    assert run.fit() == finished.history
+    assert "is damaged or missing: going on from Tiny.ckpt.new\n" in capsys.readouterr().out
+    assert copied.exists()  # the next save writes aside again
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(root, copied, finished, monkeypatch):
+    written = copied.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr(checkpoint.zipfile, "ZipFile", open_nothing)
+        Run(root, copied.parent).fit()
+    assert copied.read_bytes() == written and Run(root, copied.parent).fit() == finished.history
+
+
+def open_nothing(path):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def test_a_trained_network_without_its_checkpoint_is_not_trained_again(root, tmp_path):
+    """As when the files are removed and only the cell of the loop is run again."""
+    run = Run(root, tmp_path)
+    optimizer = make_optimizer(run.model, run.recipe)
+    parts = {"model": run.model, "scheduler": make_scheduler(optimizer, run.recipe, STEPS)}
+    optimizer.step()
+    parts["scheduler"].step()
+    with pytest.raises(ValueError, match="Tiny.ckpt is gone, but this network has begun to train: make the network, "):
+        Checkpoint(run.path, run.recipe, run.loaders[0], None, parts).__enter__()
+    assert not run.path.exists()
 
 
 def another_teacher(run):
@@ -240,7 +285,8 @@ def another_layer(run):
 
 @pytest.mark.parametrize("changes, change, difference", [
     ({"max_lr": 0.2}, None, "max_lr: 0.1 there, 0.2 here"),
-    ({"optimizer": "SGD", "ema": False}, None, "optimizer: Muon there, SGD here; ema: True there, False here"),
+    ({"optimizer": "SGD", "corruption": 0.1}, None,
+     "optimizer: Muon there, SGD here; corruption: 0.2 there, 0.1 here"),
     ({"teacher": False}, None, "teacher: [0-9a-f]{64} there, None here"),
     ({}, another_teacher, "teacher: [0-9a-f]{64} there, [0-9a-f]{64} here"),
     ({}, another_layer, r"layers: +\(0\): Conv2d.*stride=\(2, 2\).* there, +\(0\): Conv2d.*stride=\(1, 1\).* here"),
@@ -256,6 +302,30 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(changes, change, differe
     assert Run(root, copied.parent).fit() == finished.history
 
 
+def test_a_checkpoint_without_an_epoch_gives_way_to_another_recipe(root, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(utils, "train", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
+        Run(root, tmp_path).fit()
+    assert len(Run(root, tmp_path, epochs=2).fit()["seconds"]) == 2
+
+
+def test_the_weights_of_another_run_are_not_replaced(root, tmp_path):
+    run = Run(root, tmp_path, max_lr=0.2)
+    (tmp_path / "Tiny.json").write_text(json.dumps({"sha256": "", "history": {}, "recipe": SHORT.to_json()}))
+    message = (f"{tmp_path} has the weights of another run (max_lr: 0.1 there, 0.2 here), which this one would "
+               "replace: choose another folder, or move Tiny.* away")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        run.fit()
+    assert not run.path.exists() and len(Run(root, tmp_path).fit()["seconds"]) == SHORT.epochs
+
+
+def test_a_new_run_does_not_depend_on_what_was_drawn_before(root, tmp_path, finished):
+    run = Run(root, tmp_path)
+    next(iter(run.loaders[0]))
+    torch.rand(1)
+    assert run.fit()["train_loss"] == finished.history["train_loss"]
+
+
 def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(root, tmp_path, finished, monkeypatch, capsys):
     run = Run(root, tmp_path)
     with monkeypatch.context() as patch:
@@ -263,7 +333,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(root, tmp_
         run.fit()
     assert capsys.readouterr().out.count(
         f"{run.path} could not be written (No space left on device): training goes on") == 2
-    assert equal(state(run.model), finished.weights) and len(load_history(run.path)["seconds"]) == 2
+    assert equal(state(run.model), finished.weights) and len(history_in(run.path)["seconds"]) == 2
     run = Run(root, tmp_path)
     run.fit()
     assert "going on with epoch 3\n" in capsys.readouterr().out and equal(state(run.model), finished.weights)
@@ -294,8 +364,8 @@ def test_a_loss_that_turns_nan_is_one_line_and_the_checkpoint_before_stays(root,
     """The last step of the third epoch spoils the weights, so that the test is the first to tell."""
     def spoil(model, loader, recipe, epoch, *others, train=utils.train):
         result = train(model, loader, recipe, epoch, *others)
-        for network in (model, others[-2].module) if epoch == 2 else ():  # the other one is the EMA's
-            nn.init.constant_(network.layers[0].weight, float("nan"))
+        if epoch == 2:
+            nn.init.constant_(model.layers[0].weight, float("nan"))
         return result
 
     run = Run(root, tmp_path)
@@ -303,20 +373,10 @@ def test_a_loss_that_turns_nan_is_one_line_and_the_checkpoint_before_stays(root,
             r"^epoch 3: the training loss is \d\S+ and the test loss nan: try a max_lr below 0.1$")):
         patch.setattr(utils, "train", spoil)
         run.fit()
-    assert len(load_history(run.path)["seconds"]) == 2
+    assert len(history_in(run.path)["seconds"]) == 2
     run = Run(root, tmp_path)
     run.fit()
     assert equal(state(run.model), finished.weights)
-
-
-class Code:
-    """Would make a file if it were unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 def whole_model():
@@ -351,11 +411,6 @@ def test_files_that_would_run_code_are_refused(root, tmp_path):
     assert not trap.exists()
     torch.load(tmp_path / "NetDilated.pt", weights_only=False)
     assert trap.exists()  # it was a trap
-
-
-def test_a_history_needs_a_checkpoint(tmp_path):
-    with pytest.raises(FileNotFoundError, match="Tiny.ckpt is not there: no training has begun with it$"):
-        load_history(tmp_path / "Tiny.ckpt")
 
 
 # ---------------------------------------------------------------- weights and metrics
@@ -442,6 +497,14 @@ def test_a_teacher_is_one_of_the_same_data(tmp_path):
     with pytest.raises(ValueError, match=f"^teacher is {str(tmp_path)!r}: choose None, or the folder of one trained on "
                                          "CIFAR-10, not on sample$"):
         load_teacher(tmp_path, "CIFAR-10")
+
+
+def test_a_teacher_has_not_seen_what_its_student_holds_out(tmp_path):
+    save(NetDilated(), {**METRICS, "recipe": {**METRICS["recipe"], "validation_size": 500}}, tmp_path)
+    load_teacher(tmp_path, "sample", 500)
+    with pytest.raises(ValueError, match="choose None, or the folder of one that held out 501 training images, as the "
+                                         "student does, not 500$"):
+        load_teacher(tmp_path, "sample", 501)
 
 
 def test_nothing_is_overwritten_before_its_replacement_is_complete(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
@@ -30,9 +31,9 @@ from dataset import (
     load_dataset,
     make_loader,
     normalise,
-    title_of,
     train_transform,
 )
+from tiny import Code
 
 HERE = Path(__file__).parent.parent
 
@@ -65,9 +66,7 @@ def test_coarse_dropout_makes_one_hole_of_16x16_in_the_mean_colour():
         image = hole(image=np.zeros((32, 32, 3), np.uint8))["image"]
         changed = image.any(2)
         rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
-        assert len(rows) <= 16 and len(columns) <= 16 and changed.sum() == len(rows) * len(columns)
-        assert len(rows) == 16 or rows[0] == 0 or rows[-1] == 31  # shorter only where the border cuts it
-        assert len(columns) == 16 or columns[0] == 0 or columns[-1] == 31
+        assert len(rows) == len(columns) == 16 and changed.sum() == 16 * 16
         assert (image[changed] == FILL).all()
         positions.add((rows[0], columns[0]))
     assert len(positions) > 10
@@ -102,8 +101,9 @@ def test_an_impossible_probability_is_named():
 
 
 def test_normalise_gives_mean_0_and_deviation_1_and_the_hole_becomes_zero():
-    pixels = 255 * np.array([np.add(MEAN, STD), np.subtract(MEAN, STD)], np.float32).reshape(1, 2, 1, 3)
-    torch.testing.assert_close(normalise(pixels).flatten(2)[0], torch.tensor([[1.0, -1.0]] * 3))
+    pixels = np.round(255 * np.array([np.add(MEAN, STD), np.subtract(MEAN, STD)])).astype(np.uint8)
+    torch.testing.assert_close(normalise(pixels.reshape(1, 2, 1, 3)).flatten(2)[0], torch.tensor([[1.0, -1.0]] * 3),
+                               rtol=0, atol=0.01)
     assert normalise(np.full((1, 32, 32, 3), FILL, np.uint8)).abs().max() < 0.01
 
 
@@ -111,6 +111,11 @@ def test_normalise_gives_mean_0_and_deviation_1_and_the_hole_becomes_zero():
 def test_images_that_are_normalised_already_are_refused(shape):
     with pytest.raises(ValueError, match=r"shape of the images is \(.*\): choose \(N, H, W, 3\)"):
         normalise(torch.zeros(shape))
+
+
+def test_pixels_from_0_to_1_are_refused():
+    with pytest.raises(ValueError, match="^type of the images is torch.float32: choose torch.uint8, pixels from 0 to"):
+        normalise(torch.zeros(4, 32, 32, 3))
 
 
 # ---------------------------------------------------------------- splits and loaders
@@ -126,8 +131,10 @@ def test_the_validation_split_is_the_end_of_the_training_images_and_not_augmente
 
 def test_the_sample_has_ten_classes_and_says_what_it_is(train_set, root):
     test_set = load_dataset("test", "sample", root=root)
-    assert title_of(train_set) == "a sample of CIFAR-10, 2,000 images"
-    assert title_of(Subset(test_set, [0])) == title_of(test_set) == "a sample of CIFAR-10, 1,000 images"
+    assert train_set.title == "a sample of CIFAR-10, 2,000 images"
+    assert test_set.title == "a sample of CIFAR-10, 1,000 images"
+    assert load_dataset("validation", "sample", 300, root=root).title == "a sample of CIFAR-10, 300 images"
+    assert "Number of datapoints: 1000" in repr(test_set) and "Split: Test" in repr(test_set)
     assert not {image.tobytes() for image in train_set.data} & {image.tobytes() for image in test_set.data}
     assert sorted(set(test_set.targets)) == list(range(10)) and len(test_set.classes) == 10
 
@@ -184,7 +191,10 @@ def test_a_loader_that_shuffles_has_a_worker_for_each_core_and_one_that_does_not
     assert torch.cat(labels).tolist() == train_set.targets[:50]
 
 
-def test_batches_are_the_same_at_any_number_of_workers(train_set):
+@pytest.mark.parametrize("transform", [None, A.Sequential([A.RandomBrightnessContrast(p=1)]), A.GaussNoise(p=1)],
+                         ids=["ours", "Sequential", "no composition"])
+def test_batches_are_the_same_at_any_number_of_workers(transform, root):
+    train_set = load_dataset("train", "sample", transform=transform, root=root)
     one, other = (epoch(make_loader(train_set, 256, True, workers, seed=3)) for workers in (0, min(2, CORES)))
     assert one.shape == (2000, 32, 32, 3) and one.dtype == torch.uint8
     assert torch.equal(one, other)
@@ -357,16 +367,6 @@ def test_a_damaged_batch_file_is_named(name, damage, cifar10_files, no_network):
     with pytest.raises(RuntimeError, match=f"{name} is missing or damaged") as error:
         load_dataset("train", root=cifar10_files.parent)
     assert "\n" not in str(error.value)
-
-
-class Code:
-    """Would make a file if it were unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("name", ["data_batch_2", "batches.meta"])

@@ -33,12 +33,17 @@ def test_a_cpu_trains_in_bf16_where_that_is_faster(vendor, flags, dtype, monkeyp
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is (dtype or torch.float32)
 
 
-def test_cuda_trains_in_fp16_with_scaled_gradients_and_mps_in_fp32():
-    assert mixed_precision(torch.device("cuda")) is torch.float16
+@pytest.mark.parametrize("there, dtype", [(True, torch.bfloat16), (False, torch.float16)])
+def test_cuda_trains_in_bf16_where_the_gpu_has_it_and_else_in_fp16_with_scaled_gradients(there, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: there)
+    assert mixed_precision(torch.device("cuda")) is dtype
+    if torch.cuda.is_available():
+        assert make_scaler(torch.device("cuda")).is_enabled() is not there
+
+
+def test_mps_trains_in_fp32_and_only_fp16_has_scaled_gradients():
     assert mixed_precision(torch.device("mps")) is None
     assert not make_scaler(CPU).is_enabled()
-    if torch.cuda.is_available():
-        assert make_scaler(torch.device("cuda")).is_enabled()
 
 
 def test_hardware_is_the_name_that_linux_has_for_the_processor_or_that_of_its_kind(monkeypatch):
@@ -47,6 +52,10 @@ def test_hardware_is_the_name_that_linux_has_for_the_processor_or_that_of_its_ki
     monkeypatch.setattr(device, "_cpuinfo", lambda: "")
     monkeypatch.setattr(platform, "processor", lambda: "")
     assert hardware(CPU).startswith(f"{platform.machine()}, ")
+
+
+def test_the_gpu_of_a_mac_is_not_called_by_the_name_of_its_processor():
+    assert hardware(torch.device("mps")) == f"GPU of {platform.machine()}"
 
 
 def test_versions_can_be_written_as_json():

@@ -17,6 +17,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 import utils
 from benchmarks import tables
+from benchmarks.ablations import RECIPES
 from checker.operations import count_macs, count_parameters, receptive_field
 from checkpoint import load, load_metrics
 from dataset import MEAN, STD, data_folder, load_dataset, make_loader
@@ -28,6 +29,8 @@ HERE = Path(__file__).parent.parent
 WEIGHTS = HERE / "weights"
 NOTEBOOK = json.loads((HERE / "S9.ipynb").read_text())
 CODE = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+TESTED = [Path("weights", "NetDilated.pt"), *(Path("weights", "30-epochs", f"{name}.pt") for name in NETWORKS)]
+SAVED = [*TESTED, *(Path("weights", folder, "NetDilated.pt") for folder in ("teacher", "held-out"))]
 OUTPUTS = [output for cell in CODE for output in cell["outputs"]]
 
 
@@ -50,18 +53,18 @@ def test_mean_and_standard_deviation_are_those_of_the_training_set(real_test_set
     assert np.sqrt(shares @ values**2 - mean**2) == pytest.approx(STD, abs=6e-5)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_committed_weights_reach_the_accuracy_of_their_metrics(name, real_test_set):
-    model, metrics = load(name, WEIGHTS)
+@pytest.mark.parametrize("path", TESTED, ids=str)
+def test_committed_weights_reach_the_accuracy_of_their_metrics(path, real_test_set):
+    model, metrics = load(path.stem, HERE / path.parent)
     model.to(pick_device(), memory_format=torch.channels_last)  # as in training, and twice as fast
     loss, accuracy = utils.test(model, make_loader(real_test_set, 500))
     assert accuracy == pytest.approx(metrics["test_accuracy"], abs=0.021)  # two images: hardware rounds differently
     assert loss == pytest.approx(metrics["test_loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_metrics_are_of_this_code(name):
-    model, metrics = build_network(name), load_metrics(name, WEIGHTS)
+@pytest.mark.parametrize("path", TESTED, ids=str)
+def test_metrics_are_of_this_code(path):
+    model, metrics = build_network(path.stem), load_metrics(path.stem, HERE / path.parent)
     measured = count_parameters(model), count_macs(model), receptive_field(model)
     assert measured == (metrics["parameters"], metrics["macs"], metrics["receptive_field"])
     assert metrics["data"] == "CIFAR-10" and metrics["recipe"]["validation_size"] == 0
@@ -70,13 +73,27 @@ def test_metrics_are_of_this_code(name):
 
 
 def test_the_headline_runs_have_the_default_recipe():
-    for seed, folder in enumerate(tables.SEEDS):
-        assert Recipe(**load_metrics("NetDilated", HERE / folder)["recipe"]) == Recipe(seed=seed)
+    recipes = [Recipe(**metrics["recipe"]) for metrics in tables.runs()]
+    seeds = [recipe.seed for recipe in recipes]
+    assert recipes == [Recipe(seed=seed) for seed in seeds] and seeds[0] == 0 and len(set(seeds)) == len(seeds)
 
 
-@pytest.mark.parametrize("folder, recipe", [("teacher", Recipe(teacher=None, validation_size=5000)),
-                                            ("held-out", Recipe(validation_size=5000))])
-def test_the_teacher_and_the_held_out_run_have_the_same_recipe_and_held_out_images(folder, recipe):
+def test_the_ablations_have_the_recipes_of_the_command():
+    for table, recipes in RECIPES.items():
+        there = {name: Recipe(**row["recipe"]) for name, row in tables.ablations().get(table, {}).items()}
+        assert there.items() <= recipes.items()
+
+
+def test_the_networks_are_compared_after_equal_epochs_of_one_recipe():
+    for name in NETWORKS:
+        metrics = load_metrics(name, WEIGHTS / "30-epochs")
+        assert Recipe(**metrics["recipe"]) == Recipe(network=name, epochs=30, teacher=None, corruption=0)
+
+
+@pytest.mark.parametrize("folder, recipe", [
+    ("teacher", Recipe().teacher_recipe()),
+    ("held-out", Recipe(validation_size=5000))])
+def test_the_teacher_and_the_held_out_run_hold_out_the_same_images(folder, recipe):
     assert Recipe(**load_metrics("NetDilated", WEIGHTS / folder)["recipe"]) == recipe
 
 
@@ -103,10 +120,6 @@ def test_torch_hub_gives_the_committed_network_and_refuses_damaged_weights(tmp_p
         torch.hub.load(str(tmp_path), "net_dilated", source="local", pretrained=True)
 
 
-SAVED = [*(Path("weights", f"{name}.pt") for name in NETWORKS),
-         *(Path("weights", folder, "NetDilated.pt") for folder in ("teacher", "held-out"))]
-
-
 @pytest.mark.parametrize("path", SAVED, ids=str)
 def test_committed_weights_make_the_same_mistakes_on_the_sample(path):
     """Image for image. Hardware rounds differently, which may turn a few images that are a close decision."""
@@ -124,11 +137,23 @@ def test_the_tables_are_up_to_date():
 
 
 def test_a_table_that_is_not_up_to_date_is_noticed():
-    text = (HERE / "README.md").read_text()
-    assert tables.updated(text.replace("181,226", "181,227")) == text
+    text, parameters = (HERE / "README.md").read_text(), f"{count_parameters(build_network('NetDilated')):,}"
+    stale = text.replace(parameters, "199,999")
+    assert stale != text and tables.updated(stale) == text
 
 
-@pytest.mark.parametrize("path", tables.FILES, ids=lambda path: str(path.relative_to(HERE)))
+def test_the_charts_show_every_row(tmp_path):
+    names = [label.get_text().replace("\n", " ")
+             for label in tables.plot_ablations(tmp_path / "ablations.png").axes[0].get_yticklabels()]
+    rows = {name for table in ("10 epochs", "10 epochs, other code") for name in tables.ablations()[table]}
+    assert set(names) == {name for name in rows if not name.startswith("NetDilated")}
+    texts = [text.get_text() for text in tables.plot_comparison(tmp_path / "comparison.png").axes[0].texts]
+    references = json.loads((HERE / "benchmarks" / "references.json").read_text())
+    assert {row["network"] for row in references} | {f"{name}, retrained" for name in utils.PUBLISHED} <= set(texts)
+    assert any(text.startswith(" NetDilated, ") for text in texts)
+
+
+@pytest.mark.parametrize("path", [*tables.FILES, HERE / "S9.ipynb"], ids=lambda path: str(path.relative_to(HERE)))
 def test_links_exist(path):
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()) if "://" not in link]
     assert all((path.parent / link).exists() for link in links)
@@ -221,6 +246,15 @@ def upload():
                                          "COLAB_RELEASE_TAG": "release", "S9_SETTINGS": json.dumps(settings)})
     assert run.returncode == 0, run.stderr
     assert (empty / "S9" / "S9-main" / "run" / "NetDilated.pt").exists()
+
+
+@pytest.mark.skipif(not (HERE / ".git").exists(), reason="this is no clone")
+def test_the_first_cell_uses_the_copy_that_is_there(first_cell, tmp_path, monkeypatch):
+    """As after a restart of the kernel."""
+    first_cell(git_archive())
+    monkeypatch.chdir(tmp_path)
+    first_cell(lambda: pytest.fail("it asked"))
+    assert Path.cwd() == tmp_path / "S9" / "S9-main"
 
 
 @pytest.mark.skipif(not (HERE / ".git").exists(), reason="this is no clone")

@@ -20,7 +20,7 @@ from checker.layout import layers_table
 from checker.operations import count_macs, gradients_of_the_middle, receptive_field, trace
 from checker.tables import markdown_table
 from dataset import FILL, train_transform
-from model import NETWORKS, ConvBNAct, NetDilated, Network, bsconv, build_network, conv
+from model import NETWORKS, ConvBNAct, MirrorDepthwise, NetDilated, Network, build_network, conv
 from rules import Row, check_rules, format_rules, rules_table
 
 VERDICTS = {"holds": True, "BROKEN": False, "undecided": None}
@@ -227,6 +227,18 @@ def test_a_network_for_another_task_is_refused_in_one_line(network, text):
     assert "\n" not in str(error.value)
 
 
+class Standardised(nn.Sequential):
+    """The whole image, or batch, is brought to mean 0 and deviation 1 first."""
+
+    def forward(self, x):
+        return super().forward((x - x.mean()) / (x.std() + x.abs().sum() * 0))
+
+
+def test_a_network_may_reduce_everything_to_one_number():
+    rows = table(Standardised(conv(3, 10), *GAP))
+    assert rows["receptive field"][0].startswith("3") and rows["no pooling but the final one"] == ("none", True)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of a process by itself")
 def test_a_check_takes_little_time_and_memory():
     """The whole process, PyTorch included: on a deep DenseNet, which once took two minutes and 5 GB."""
@@ -256,6 +268,11 @@ def test_checking_leaves_the_network_as_it_was():
 
 def test_ours_keeps_every_rule():
     assert [rule for rule, (_, holds) in table(NetDilated(), train_transform()).items() if not holds] == []
+
+
+def bsconv(a, b, stride=1, dilation=1):
+    """Pointwise, then depthwise, in plain layers."""
+    return nn.Sequential(conv(a, b, 1), nn.Conv2d(b, b, 3, stride, dilation, dilation, groups=b, bias=False))
 
 
 def narrow(change=None):
@@ -377,9 +394,14 @@ def hole(**changes):
     ("ShiftScaleRotate", "missing", replaced("ShiftScaleRotate", A.Affine(p=0.5))),
     ("CoarseDropout: one 16x16 hole", "missing", replaced("CoarseDropout")),
     ("CoarseDropout: one 16x16 hole", "none or of another shape", hole(num_holes_range=(2, 2))),
+    ("CoarseDropout: one 16x16 hole", "never", hole(p=0)),
+    ("CoarseDropout: one 16x16 hole", "2 of them",
+     replaced("CoarseDropout", A.CoarseDropout(), A.CoarseDropout(**HOLE))),
+    ("CoarseDropout: one 16x16 hole", "never", replaced("CoarseDropout", A.Sequential([A.CoarseDropout(**HOLE)], p=0))),
     ("CoarseDropout: one 16x16 hole", "8x16", hole(hole_height_range=(8, 8))),
     ("CoarseDropout: one 16x16 hole", "16x20", hole(hole_width_range=(20, 20))),
-    ("... filled with the mean colour", "", hole(fill=(0.4914, 0.4822, 0.4465))),  # for other images than bytes
+    ("CoarseDropout: one 16x16 hole", "2x16 to 16x16", hole(hole_height_range=(2, 16))),
+    ("... filled with the mean colour", "0 0 0", hole(fill=(0.4914, 0.4822, 0.4465))),  # for other images than bytes
     ("... filled with the mean colour", "128 128 128", hole(fill=128)),
     ("Resize", "40x40 becomes 32x32", replaced("Resize", A.CenterCrop(32, 32))),
     ("Resize", "40x40 becomes 28x28", replaced("Resize", A.Resize(28, 28))),
@@ -389,6 +411,12 @@ def test_a_transform_that_breaks_a_rule_fails_its_row(rule, measured, transform)
     assert measured in text and holds is not None and not holds
 
 
+def test_a_black_hole_of_the_right_size_breaks_only_the_rule_of_its_colour():
+    rows = table(TINY, hole(fill=0))
+    assert rows["CoarseDropout: one 16x16 hole"] == ("16x16", True)
+    assert rows["... filled with the mean colour"] == ("0 0 0", False)
+
+
 def test_a_plain_transform_fails_all_rows_but_resize():
     rows = check_rules(TINY, dataset.test_transform())[-5:]
     assert [row.verdict for row in rows] == ["BROKEN"] * 4 + ["holds"]
@@ -396,9 +424,10 @@ def test_a_plain_transform_fails_all_rows_but_resize():
 
 @pytest.mark.parametrize("transform, flips", [
     (A.HorizontalFlip(p=0.5), "changes 51% of the images"), (A.Compose([]), "missing"),
-    (A.Compose([A.OneOf([A.HorizontalFlip(p=0.5), A.Blur()])]), "changes 51% of the images"),
+    (A.Compose([A.OneOf([A.HorizontalFlip(p=0.5), A.Blur(p=0.5)])]), "changes 23% of the images"),
+    (A.Compose([A.OneOf([A.HorizontalFlip(p=0.5), A.Blur(p=0.5)], p=0)]), "changes 0% of the images"),
     (A.Compose([A.HorizontalFlip(p=0.5), A.Resize(32, 32), A.Normalize(), ToTensorV2()]), "changes 51% of the images"),
-], ids=["no Compose", "empty", "nested", "to tensor"])
+], ids=["no Compose", "empty", "nested", "nested, never", "to tensor"])
 def test_any_transform_of_albumentations_is_measured(transform, flips):
     rows = table(TINY, transform)
     assert rows["HorizontalFlip"][0] == flips
@@ -445,21 +474,26 @@ def test_the_table_of_layers_tells_kernels_strides_shapes_and_receptive_fields()
     assert len(lines) == 14 and lines[0] == "|  | convolution | output | receptive field | jump |"
     assert [lines[2], lines[9], lines[13]] == [
         "| 1 | 3x3 standard | 16 x 64 x 64 | 3 | 0.5 |",
-        "| 8 | pointwise + 3x3 depthwise, dilation 2 | 128 x 16 x 16 | 23 | 2 |",
-        "| 12 | pointwise + 3x3 depthwise, stride 2 | 176 x 4 x 4 | 51 | 8 |"]
+        "| 8 | pointwise + 3x3 depthwise, dilation 2 | 192 x 16 x 16 | 24 | 2 |",
+        "| 12 | pointwise + 4x4 depthwise, stride 2 | 288 x 4 x 4 | 58 | 8 |"]
 
 
 # ---------------------------------------------------------------- what it is measured with
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_trace_sees_what_the_modules_say(name):
+    """A mirrored layer applies each of its weights twice."""
+    def first(value):
+        return value if isinstance(value, int) else value[0]
+
     network = build_network(name)
-    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    layers = [module for module in network.modules() if getattr(module, "weight", torch.zeros(1)).ndim == 4]
     operations = [operation for operation in trace(network) if operation.name == "convolution"]
-    assert [(operation.kernel, operation.stride, operation.dilation, operation.groups) for operation in operations] == [
-        (layer.kernel_size[0], layer.stride[0], layer.dilation[0], layer.groups) for layer in convolutions]
-    macs = sum(layer.weight.numel() * operation.size[1]**2
-               for layer, operation in zip(convolutions, operations, strict=True))
+    assert [(each.kernel, each.stride, each.dilation, each.groups > 1) for each in operations] == [
+        (layer.weight.shape[3], first(layer.stride), first(getattr(layer, "dilation", 1)),
+         isinstance(layer, MirrorDepthwise) or getattr(layer, "groups", 1) > 1) for layer in layers]
+    macs = sum(layer.weight.numel() * operation.size[1]**2 * (1 if isinstance(layer, nn.Conv2d) else 2)
+               for layer, operation in zip(layers, operations, strict=True))
     macs += sum(layer.weight.numel() for layer in network.modules() if isinstance(layer, nn.Linear))
     assert macs == count_macs(network)
 
