@@ -3,13 +3,14 @@ PYTHON ?= python3
 RUN = .venv/bin/python
 EXECUTE = TQDM_DISABLE=1 $(RUN) -m jupyter nbconvert --to notebook --execute --ExecutePreprocessor.timeout=-1 \
 	--ExecutePreprocessor.record_timing=False --CoalesceStreamsPreprocessor.enabled=True
+DEMO = {"data": "sample", "epochs": 8, "batch_size": 50, "sizes": [16, 24], "corruption": 0, "teacher": null, \
+	"folder": "demo"}
 
 .PHONY: demo test lint train quick bench tables clean
 
 demo: .venv/installed  ## execute the notebook on the sample of CIFAR-10 into demo/ (two minutes, no download)
 	mkdir -p demo
-	S9_SETTINGS='{"data": "sample", "epochs": 8, "batch_size": 50, "sizes": [16, 24], "folder": "demo", "teacher": null}' \
-		$(EXECUTE) --output-dir demo S9.ipynb
+	S9_SETTINGS='$(DEMO)' $(EXECUTE) --output-dir demo S9.ipynb
 
 test: .venv/installed  ## the whole suite, the notebook included, offline
 	$(RUN) -m pytest --nbval S9.ipynb tests

@@ -1,59 +1,92 @@
-"""What each idea is worth: runs on the first training images, judged on the last ones, which are held out.
+"""What each idea is worth: runs on the first training images, evaluated on the last ones, which are held out.
 
-`python -m benchmarks.ablations` makes the rows of `RECIPES` that benchmarks/ablations.json lacks, or those named as
-arguments. An interrupted run goes on. Other rows of that file are of ideas that left the program again; commit e528d18
-has their code in benchmarks/tries.py.
+`python -m benchmarks.ablations` makes the rows of `RECIPES` that benchmarks/ablations.json lacks. Rows that are named
+as arguments are made anew, in every table that has them. An interrupted run in checkpoints/ablations goes on, a
+finished one is loaded. Other rows of that file are of variants of the code, which the file describes.
 """
 import json
-import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
+from checkpoint import write_file
+from checks import require
+from dataset import load_dataset
 from recipe import Recipe
 from train import run
+from utils import accuracy_under_corruptions, mean_accuracy_under_corruptions
 
 HERE = Path(__file__).resolve().parent
-TEN = Recipe(epochs=10, sizes=(16, 24, 32), augmentation=0.25, teacher=None, validation_size=10_000)
-THIRTY = Recipe(epochs=30, teacher=None, validation_size=10_000)
-NINETY = Recipe(teacher=None, validation_size=5_000)
+PLAIN = Recipe(teacher=None, corruption=0, validation_size=10_000)
+TEN = replace(PLAIN, epochs=10, sizes=(16, 24, 32), augmentation=0.25)
+QUICK = Recipe.quick(validation_size=5000)
 RECIPES = {  # table -> row -> recipe
-    "NetDilated, 10 epochs, one idea less": {
+    "10 epochs": {
+        "NetDilated": TEN,
+        "NetDilated, seed 1": replace(TEN, seed=1),
+        "NetDilated, seed 2": replace(TEN, seed=2),
         "SGD in place of Muon": replace(TEN, optimizer="SGD"),
-        "no EMA": replace(TEN, ema=False),
-    },
-    "NetDilated, 10 epochs, one idea more": {
         "batches of 128": replace(TEN, batch_size=128),
+        "max_lr 0.2": replace(TEN, max_lr=0.2),
+        "max_lr 0.45": replace(TEN, max_lr=0.45),
+        "max_lr 0.6": replace(TEN, max_lr=0.6),
+        "weight decay 0.0002": replace(TEN, weight_decay=2e-4),
+        "weight decay 0.002": replace(TEN, weight_decay=2e-3),
+        "corruption 0.2": replace(TEN, corruption=0.2),
     },
-    "NetDilated, 30 epochs": {
-        "max_lr 0.3": THIRTY,
-        "max_lr 0.15": replace(THIRTY, max_lr=0.15),
-        "max_lr 0.6": replace(THIRTY, max_lr=0.6),
+    "30 epochs": {
+        "NetDilated": replace(PLAIN, epochs=30),
+        "batches of 128": replace(PLAIN, epochs=30, batch_size=128),
+        "max_lr 0.45": replace(PLAIN, epochs=30, max_lr=0.45),
+        "corruption 0.2": replace(PLAIN, epochs=30, corruption=0.2),
     },
-    "90 epochs": {
-        "NetDilated": NINETY,
-        "NetDilated, distilled from that run": replace(NINETY, teacher="weights/teacher"),
-        "NetDilated, batches of 128, distilled from the distilled run": replace(
-            NINETY, teacher="weights/held-out", batch_size=128),
+    "quick recipe": {
+        "NetDilated": QUICK,
+        "max_lr 0.3": replace(QUICK, max_lr=0.3),
+        "max_lr 1.0": replace(QUICK, max_lr=1.0),
+        "warmup 0.25": replace(QUICK, warmup=0.25),
+        "augmentation 0": replace(QUICK, augmentation=0),
+        "batches of 64": replace(QUICK, batch_size=64),
+        "28 pixels at the end": replace(QUICK, sizes=(16, 28)),
+        "3 epochs, 16, 16 and 24 pixels": replace(QUICK, epochs=3, sizes=(16, 16, 24)),
     },
 }
 
 
 def main(names: list[str], output: Path = HERE / "ablations.json",
          folder: Path = HERE.parent / "checkpoints" / "ablations") -> None:
-    """Make the rows of these names, or all that are missing, and write each as soon as it is there."""
+    """Make the rows of these names, or all that are missing, and write each as soon as it is there.
+
+    Raises:
+        ValueError: there is no row of that name.
+    """
     rows = json.loads(output.read_text()) if output.exists() else {}
+    known = [name for recipes in RECIPES.values() for name in recipes]
+    for name in names:
+        require("row", name, f"one of {', '.join(dict.fromkeys(known))}", name in known)
     for table, recipes in RECIPES.items():
         for name, recipe in recipes.items():
-            if name in rows.get(table, {}) or (names and name not in names):
+            if name not in (names or recipes.keys() - rows.get(table, {}).keys()):
                 continue
-            metrics = run(replace(recipe, folder=str(folder / table / name)))[1]
-            rows.setdefault(table, {})[name] = {
-                key: metrics[key] for key in ("parameters", "macs", "train_accuracy", "validation_accuracy",
-                                              "validation_loss", "hardware", "date", "recipe")
-            } | {"seconds_an_epoch": statistics.median(metrics["history"]["seconds"])}
-            output.write_text(json.dumps(rows, indent=1) + "\n")
+            rows.setdefault(table, {})[name] = make_row(replace(recipe, folder=str(folder / table / name)))
+            write_file(output, (json.dumps(rows, indent=1) + "\n").encode())
+
+
+def make_row(recipe: Recipe, build: Callable[[], nn.Module] | None = None) -> dict:
+    """Train by the recipe, and return its row. `build` makes another network than the recipe's."""
+    model, metrics = run(recipe, build)
+    row = {key: metrics[key] for key in ("parameters", "macs", "train_accuracy", "validation_accuracy",
+                                         "validation_loss", "hardware", "date", "recipe")}
+    held_out = load_dataset("validation", recipe.data, recipe.validation_size)
+    accuracies = accuracy_under_corruptions(model, held_out)
+    return {**row, "mean_accuracy_under_corruptions": mean_accuracy_under_corruptions(accuracies)}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"ablations: {error}")

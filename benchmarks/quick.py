@@ -7,6 +7,7 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+from checkpoint import write_file
 from recipe import Recipe
 from train import run
 
@@ -20,7 +21,7 @@ def main(recipe: Recipe = Recipe.quick(), seeds: tuple[int, ...] = (0, 1, 2),  #
     accuracies = [metrics["test_accuracy"] for metrics in runs]
     result = {"mean_test_accuracy": statistics.mean(accuracies), "standard_deviation": statistics.stdev(accuracies),
               "runs": runs}
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    write_file(output, (json.dumps(result, indent=1) + "\n").encode())
     print(f"seeds {seeds}: {result['mean_test_accuracy']:.2f} ± {result['standard_deviation']:.2f} %")
 
 
