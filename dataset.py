@@ -34,7 +34,8 @@ FILL = tuple(round(255 * channel) for channel in MEAN)  # the mean colour on the
 def train_transform(p: float = 0.5) -> A.Compose:
     """Return the assignment's augmentations: uint8 (H, W, 3) to uint8 (32, 32, 3).
 
-    Half of the images are mirrored; shift, scale and rotation, and the hole, are each applied with probability p.
+    Half of the images are mirrored. With probability p an image is shifted by up to a tenth of its side, scaled by 0.9
+    to 1.1 and rotated by up to 15 degrees, and again with probability p it gets the hole.
     The border that a shift uncovers is filled by reflection; the hole of CoarseDropout (DeVries and Taylor,
     Cutout, https://arxiv.org/abs/1708.04552) with the training set's mean colour, which normalises to zero.
 
@@ -46,7 +47,8 @@ def train_transform(p: float = 0.5) -> A.Compose:
         warnings.filterwarnings("ignore", message="ShiftScaleRotate is a special case of Affine")  # the rules name it
         return A.Compose([
             A.HorizontalFlip(p=0.5),
-            A.ShiftScaleRotate(shift_limit=0.1, scale_limit=0.1, rotate_limit=15, border_mode=4, p=p),
+            A.ShiftScaleRotate(shift_limit=0.1, scale_limit=0.1, rotate_limit=15, p=p,
+                               border_mode=4),  # cv2.BORDER_REFLECT_101
             A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(16, 16), hole_width_range=(16, 16),
                             fill=FILL, p=p),
             A.Resize(32, 32),  # the assignment asks for it; images of 32x32 stay as they are

@@ -10,7 +10,8 @@ dependencies = ["torch", "torchvision", "albumentations", "numpy", "PIL", "tqdm"
 def net_dilated(pretrained: bool = False) -> NetDilated:
     """Return NetDilated, from (N, 3, 32, 32) images to (N, 10) logits of `dataset.CLASSES`.
 
-    The images are those of `dataset.normalise`. With `pretrained` it has the weights of the committed run, in
+    The images are RGB from 0 to 1, less the mean (0.4914, 0.4822, 0.4465), divided by the standard deviation (0.2470,
+    0.2435, 0.2616), as of `dataset.normalise`. With `pretrained` it has the weights of the committed run, in
     evaluation mode; weights/NetDilated.json has their accuracy.
 
     Raises:

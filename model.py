@@ -12,7 +12,10 @@ from torch import nn
 
 def conv(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, dilation: int = 1,
          padding: int | None = None, bias: bool = False) -> nn.Conv2d:
-    """Return a standard convolution. By default its padding keeps the size of the map (divided by the stride)."""
+    """Return a standard convolution, (N, in_channels, H, W) to (N, out_channels, H', W').
+
+    By default, the padding of an odd kernel keeps the size of the map (divided by the stride).
+    """
     padding = dilation * (kernel_size // 2) if padding is None else padding
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, bias=bias)
 

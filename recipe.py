@@ -41,7 +41,8 @@ class Recipe:
     batch_size: int = setting(256, "images a step", "a whole number, 2 or more", whole(2))
     optimizer: str = setting("Muon", "Muon, or SGD with Nesterov momentum", "SGD or Muon",
                              one_of(("SGD", "Muon")))
-    max_lr: float = setting(0.3, "the peak of the learning rate", "a number above 0", positive)
+    max_lr: float = setting(0.3, "the peak of the learning rate; updates by Muon take a tenth of it",
+                            "a number above 0", positive)
     warmup: float = setting(0.25, "the share of the steps in which the learning rate rises to its peak",
                             "a number above 0 and below 1", lambda value: positive(value) and value < 1)
     momentum: tuple[float, float] = setting(

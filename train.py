@@ -1,4 +1,7 @@
-"""The run of the notebook as a command: `python train.py --quick --seed 1 --folder weights/quick-1`."""
+"""The run of the notebook as a command: `python train.py --quick --seed 1 --folder weights/quick-1`.
+
+A teacher has to be there: `benchmarks/reproduce.md` has the command that trains ours.
+"""
 import argparse
 import ast
 import json

@@ -25,6 +25,7 @@ from checker.operations import (
     gradients_of_the_middle,
     receptive_field,
     trace,
+    whole_pixels,
 )
 from checker.tables import markdown_table
 from checkpoint import write_file
@@ -33,7 +34,8 @@ from dataset import CIFAR10, load_dataset, make_loader, mean_and_std, normalise
 from device import autocast, hardware, versions
 from recipe import Recipe, make_scheduler
 
-COLOURS = BLUE, ORANGE, *_ = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"  # Okabe and Ito: safe for all eyes
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"  # Okabe and Ito: safe for all eyes
+BLUE, ORANGE = COLOURS[:2]
 CORRUPTIONS = {  # of test images, at five severities; JPEG and brightness are not in training, see `corrupt`
     "noise": [A.GaussNoise((strength, strength), p=1) for strength in (0.02, 0.04, 0.06, 0.08, 0.1)],
     "blur": [A.GaussianBlur(0, (sigma, sigma), p=1) for sigma in (0.4, 0.6, 0.8, 1, 1.2)],
@@ -259,7 +261,7 @@ def comparison_table(all_metrics: list[dict]) -> str:
 # ---------------------------------------------------------------- plots
 
 def plot_augmentations(dataset: CIFAR10, path: str | Path, rows: int = 5, columns: int = 10) -> plt.Figure:
-    """Draw training images as they are (first row) and as the network sees them; save to `path`, return the figure."""
+    """Draw training images (first row), and augmented versions of each below it; save to `path`, return the figure."""
     figure, axes = plt.subplots(rows, columns, figsize=(10, 1.05 * rows + 0.6), layout="constrained")
     for line, index in zip(axes.T, np.linspace(0, len(dataset) - 1, columns, dtype=int).tolist(), strict=True):
         augmented = dataset.__getitems__([index] * (rows - 1))
@@ -303,13 +305,14 @@ def plot_accuracy(history: dict[str, list[float]], path: str | Path, recipe: Rec
 
 def _plot_curves(history, name, unit, path, recipe, data):
     figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    changes = " (augmented, some corrupted)" if recipe.corruption else " (augmented)"
     for column, colour, style in zip([column for column in history if column.endswith(name)], (BLUE, ORANGE),
                                      ("--", "-"), strict=True):
         split, values = column.removesuffix(f"_{name}"), history[column]
         axis.plot(range(1, len(values) + 1), values, style, color=colour, marker="o", markersize=3,
-                  label=f"{split}{' (augmented)' if split == 'train' else ''}: {values[-1]:.4g} at the end")
-    for epoch in range(1, recipe.epochs):
-        if recipe.image_size(epoch) != recipe.image_size(epoch - 1):
+                  label=f"{split}{changes if split == 'train' else ''}: {values[-1]:#.4g} at the end")
+    for epoch in range(recipe.epochs):
+        if epoch == 0 or recipe.image_size(epoch) != recipe.image_size(epoch - 1):
             axis.axvline(epoch + 0.5, color="grey", linestyle=":", linewidth=1)
             axis.text(epoch + 0.7, 0.02, f"{recipe.image_size(epoch)} pixels", color="grey", fontsize=8,
                       transform=axis.get_xaxis_transform())
@@ -377,7 +380,7 @@ def plot_reliability(dataset: CIFAR10, logits: torch.Tensor, path: str | Path, t
                           for values in (right, confidence))
         error = calibration_error(dataset, logits / divisor, bins)
         axis.plot(mean, accuracy, color=colour, marker=marker, linewidth=1,
-                  label=f"temperature {divisor:.3g}: calibration error {error:.1f} %")
+                  label=f"temperature {divisor:.3g}: ECE {error:.1f} %")
     axis.set(xlabel="confidence, %", ylabel="accuracy of the images in a bin, %", xlim=(0, 100), ylim=(0, 103),
              title=f"{dataset.title}: accuracy over confidence")
     axis.legend(loc="upper left")
@@ -399,8 +402,9 @@ def plot_corruptions(accuracies: dict[str, list[float]], path: str | Path, data:
 def plot_receptive_field(model: nn.Module, dataset: CIFAR10, path: str | Path, mosaics: int = 4) -> plt.Figure:
     """Draw the effective receptive field after each convolution of a `Network`, the theoretical one as a square.
 
-    It is how much each pixel weighs in one position of the map: the mean gradient on mosaics of 4x4 images of the data
-    set. Save to `path`, return the figure.
+    It is how much each pixel weighs in one position of the map: the size of the gradient, summed over mosaics of 4x4
+    images of the data set, and drawn as its square root. Luo et al., Understanding the effective receptive field,
+    https://arxiv.org/abs/1701.04128. Save to `path`, return the figure.
     """
     operations = trace(model)
     images = normalise(dataset.data[:16 * mosaics]).reshape(mosaics, 4, 4, 3, 32, 32)
@@ -408,15 +412,17 @@ def plot_receptive_field(model: nn.Module, dataset: CIFAR10, path: str | Path, m
     units = convolution_units(operations)
     model = copy.deepcopy(model).cpu()
     figure, axes = plt.subplots(2, -(-len(units) // 2), figsize=(10, 4.4), layout="constrained")
+    half = 0.6 * units[-1][-1].receptive_field
     weights = gradients_of_the_middle(model, images, [operations.index(unit[-1]) + 1 for unit in units])
     for number, (axis, unit, weight) in enumerate(zip(axes.flat, units, weights, strict=False)):
         axis.imshow((weight / weight.max()).sqrt().numpy(), cmap="viridis")
         field = unit[-1].receptive_field
         row, column = ((index.min() + index.max()) / 2 for index in map(torch.flatten, weight.nonzero().T))
         axis.add_patch(plt.Rectangle((column - field / 2, row - field / 2), field, field, fill=False, color=ORANGE))
-        axis.set_title(f"C{number // 3 + 1}, {number % 3 + 1}: {field:.3g}", fontsize=10)
+        axis.set(xlim=(column - half, column + half), ylim=(row + half, row - half))
+        axis.set_title(f"C{number // 3 + 1}, {number % 3 + 1}: {whole_pixels(field)} pixels", fontsize=10)
         axis.axis("off")
-    figure.suptitle("What one position sees after each convolution: pixels by weight, the theoretical square around")
+    figure.suptitle("Effective receptive field after each convolution, the theoretical one as a square")
     return finish_figure(figure, path)
 
 

@@ -433,16 +433,17 @@ def test_a_full_disk_loses_only_the_file_of_a_figure(tmp_path, monkeypatch, caps
 
 def test_the_curves_are_those_of_the_history_with_marks_where_the_training_changes(figures, tmp_path):
     axis = figures["loss"][0].axes[0]
-    train, test, resize = axis.lines
+    train, test, start, resize = axis.lines
     assert [list(line.get_ydata()) for line in (train, test)] == [HISTORY["train_loss"], HISTORY["test_loss"]]
-    assert [list(line.get_xdata()) for line in (train, resize)] == [[1, 2, 3, 4], [2.5, 2.5]]
-    assert [text.get_text() for text in axis.texts] == ["32 pixels"]
-    assert train.get_label() == "train (augmented): 0.7 at the end" and test.get_label() == "test: 0.6 at the end"
-    plain = Recipe(epochs=4, sizes=(32,))
+    assert [list(line.get_xdata()) for line in (train, start, resize)] == [[1, 2, 3, 4], [0.5, 0.5], [2.5, 2.5]]
+    assert [text.get_text() for text in axis.texts] == ["16 pixels", "32 pixels"]
+    assert [train.get_label(), test.get_label()] == ["train (augmented, some corrupted): 0.7000 at the end",
+                                                     "test: 0.6000 at the end"]
+    plain = Recipe(epochs=4, sizes=(32,), corruption=0)
     held_out = {column.replace("test", "validation"): values for column, values in HISTORY.items()}
     axis = utils.plot_accuracy(held_out, tmp_path / "accuracy.png", plain).axes[0]
-    labels = [line.get_label() for line in axis.lines]
-    assert labels == ["train (augmented): 75 at the end", "validation: 80 at the end"]
+    labels = [line.get_label() for line in axis.lines[:2]]
+    assert labels == ["train (augmented): 75.00 at the end", "validation: 80.00 at the end"]
 
 
 def test_an_image_and_its_mirror_image_have_bars_of_one_height_and_another_image_has_not(figures):
@@ -488,7 +489,7 @@ def test_the_reliability_diagram_shows_the_logits_as_they_are_and_at_a_temperatu
     _, *curves = figure.axes[0].lines
     assert [list(curve.get_ydata()) for curve in curves] == [pytest.approx([60])] * 2
     assert [list(curve.get_xdata()) for curve in curves] == [pytest.approx([90]), pytest.approx([60])]
-    assert "error 30.0 %" in curves[0].get_label() and "error 0.0 %" in curves[1].get_label()
+    assert "ECE 30.0 %" in curves[0].get_label() and "ECE 0.0 %" in curves[1].get_label()
     assert len(figures["reliability"][0].axes[0].lines) == 2  # with the diagonal
     with pytest.raises(ValueError, match="^temperature is 0: choose a number above 0$"):
         utils.plot_reliability(test_set, confident(test_set, 0.9, 600), tmp_path / "none.png", 0)
