@@ -229,7 +229,7 @@ def plot_ablations(path: Path) -> plt.Figure:
     drawn = axis.barh(names, values, color=[COLOURS[2] if value > 0 else ORANGE for value in values])
     axis.bar_label(drawn, [f"{value:+.2f}" for value in values], padding=3, fontsize=9)
     axis.set(xlim=(min(values) - 0.4, max(*values, 0) + 0.4), xlabel="points of validation accuracy",
-             title=f"Variants of NetDilated after ten epochs, against its {base:.2f} %")
+             title=f"Variants after ten epochs (unchanged: {base:.2f} %)")
     if len(unchanged) > 1:
         deviation = statistics.stdev(unchanged)
         axis.axvspan(-2 * deviation, 2 * deviation, color="lightgrey", alpha=0.5, zorder=0)

@@ -1,6 +1,6 @@
 """Ablations of other code on the ten-epoch schedule, into benchmarks/ablations.json, table "10 epochs, other code".
 
-With the patch applied, from the root of the repository: `PYTHONPATH=. python unfinished/tools/variants.py [NAME...]`.
+From the root of the repository: `PYTHONPATH=. python unfinished/tools/variants.py [NAME...]`.
 """
 import json
 import sys
