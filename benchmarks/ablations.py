@@ -2,7 +2,7 @@
 
 `python -m benchmarks.ablations` makes the rows of `RECIPES` that benchmarks/ablations.json lacks. Rows that are named
 as arguments are made anew, in every table that has them. An interrupted run in checkpoints/ablations goes on, a
-finished one is loaded. Other rows of that file are of variants of the code, which the file describes.
+finished one is loaded. Other rows of that file are of variants of the code, which ablations.md describes.
 """
 import json
 import sys
