@@ -86,6 +86,10 @@ class Checkpoint:
         except BaseException:
             self.lock.close()
             raise
+        if self.epochs_done() == self.recipe.epochs:
+            print(f"{self.path}: finished before, loaded")
+        elif self.epochs_done():
+            print(f"{self.path}: going on with epoch {self.epochs_done() + 1}")
         print(HEAD.format(self.split[:5]))
         for epoch, row in enumerate(zip(*self.history.values(), strict=True), 1):
             print(ROW.format(epoch, *row))
@@ -159,15 +163,11 @@ class Checkpoint:
                 part.load_state_dict(state[name])
         _set_random_state(self.loader, state["random"])
         self.history = state["history"]
-        if self.epochs_done() == self.recipe.epochs:
-            print(f"{self.path}: finished before, loaded")
-        elif self.epochs_done():
-            print(f"{self.path}: going on with epoch {self.epochs_done() + 1}")
 
     def _start(self) -> None:
         if getattr(self.parts.get("scheduler"), "last_epoch", 0):
-            raise ValueError(f"{self.path} is gone, but this network has begun to train: make the network, its "
-                             "optimizer and its schedule anew (in the notebook, run their cell)")
+            raise ValueError(f"{self.path} has no epoch of this run, but the network has begun to train: make the "
+                             "network, its optimizer and its schedule anew (in the notebook, run their cell)")
         differences = _differences(_saved_recipe(self.path), self.recipe.to_json())
         if differences:
             raise ValueError(f"{self.path.parent} has the weights of another run ({differences}), which this one would "
@@ -190,7 +190,7 @@ def _exists(path):
 
 
 def _read(path):
-    """Return the newest checkpoint that is whole, and its path; never run code from the file."""
+    """Return the first of the files of a checkpoint that is whole, and its path; never run code from the file."""
     trouble = None
     for candidate in filter(Path.exists, (path, _new(path), _previous(path))):  # a kill may have left a new one aside
         try:
@@ -339,21 +339,30 @@ def load_metrics(name: str, folder: str | Path = "weights") -> dict:
     return metrics
 
 
-def load_teacher(folder: str | Path, data: str, validation_size: int = 0) -> nn.Module:
-    """Return the NetDilated saved in the folder.
+def load_teacher(recipe: Recipe, labels: list[int]) -> nn.Module:
+    """Return the NetDilated saved in the folder `recipe.teacher`. `labels` are those of the student's training images.
 
     Raises:
-        ValueError: it was trained on other data than those named, or on images that the student holds out, which are
-            the last `validation_size` training images.
+        ValueError: it was trained on other data, or perhaps on images that the student holds out.
     """
-    teacher, metrics = load("NetDilated", folder)
-    recipe, choose = metrics["recipe"], f"teacher is {str(folder)!r}: choose None, or the folder of one"
-    if recipe["data"] != data:
-        raise ValueError(f"{choose} trained on {data}, not on {recipe['data']}")
-    if recipe["validation_size"] < validation_size:
-        raise ValueError(f"{choose} that held out {validation_size} training images, as the student does, not "
-                         f"{recipe['validation_size']}")
+    teacher, metrics = load("NetDilated", recipe.teacher)
+    data, held_out = metrics["recipe"]["data"], metrics["recipe"]["validation_size"]
+    choose = f"teacher is {recipe.teacher!r}: choose None, or the folder of one"
+    if data != recipe.data:
+        raise ValueError(f"{choose} trained on {recipe.data}, not on {data}")
+    if held_out < recipe.validation_size:
+        raise ValueError(f"{choose} that held out {recipe.validation_size} training images, as the student does, not "
+                         f"{held_out}")
+    seen = labels[:len(labels) + recipe.validation_size - held_out]
+    if recipe.validation_size and metrics.get("labels_sha256") != labels_sha256(seen):
+        raise ValueError(f"{choose} whose training images had the order that they have here: this one may have seen "
+                         "those that are held out (benchmarks/reproduce.md has the command that trains a teacher)")
     return teacher
+
+
+def labels_sha256(labels: list[int]) -> str:
+    """Return the SHA-256 of the labels, 0 to 255, which tells in which order the images were."""
+    return hashlib.sha256(bytes(labels)).hexdigest()
 
 
 def write_file(path: str | Path, content: bytes, keep: Path | None = None) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import utils
-from checkpoint import Checkpoint, add_metrics, load_teacher, save
+from checkpoint import Checkpoint, add_metrics, labels_sha256, load_teacher, save
 from dataset import load_dataset, make_loader, train_transform
 from device import hardware, make_scaler, pick_device
 from model import build_network
@@ -43,10 +43,10 @@ def run(recipe: Recipe, build: Callable[[], nn.Module] | None = None) -> tuple[n
     train_loader = make_loader(train_set, recipe.batch_size, True, recipe.num_workers, recipe.seed)
     test_loader = make_loader(test_set, min(500, len(test_set)))
     model = (build() if build else build_network(recipe.network)).to(device, memory_format=torch.channels_last)
-    teacher = recipe.teacher and load_teacher(recipe.teacher, recipe.data, recipe.validation_size)
+    teacher = recipe.teacher and load_teacher(recipe, train_set.targets)
     history = fit(model, recipe, train_loader, test_loader, teacher)
     metrics = save(model, utils.run_metrics(model, recipe, history, test_set.title), recipe.folder)
-    measured = {"sample_mistakes": utils.sample_mistakes(model)}
+    measured = {"sample_mistakes": utils.sample_mistakes(model), "labels_sha256": labels_sha256(train_set.targets)}
     if recipe.validation_size:
         measured["temperature"] = utils.fit_temperature(*utils.predict(model, test_loader))
     return model, add_metrics(metrics, recipe.folder, **measured)
@@ -103,13 +103,14 @@ def estimate(recipe: Recipe, images: int, device: torch.device, teacher: nn.Modu
 def announce(recipe: Recipe) -> str:
     """Return in one line how long a run takes here, and how long the quick one, with the accuracy that it reached."""
     device = pick_device()
-    teacher = recipe.teacher and load_teacher(recipe.teacher, recipe.data, recipe.validation_size)
+    labels = load_dataset("train", recipe.data, recipe.validation_size).targets
+    teacher = recipe.teacher and load_teacher(recipe, labels)
     teacher = teacher and teacher.to(device, memory_format=torch.channels_last)
-    images = len(load_dataset("train", recipe.data, recipe.validation_size))
     quick = json.loads((Path(__file__).parent / "benchmarks" / "quick.json").read_text())
-    times = [duration(estimate(recipe, images, device, teacher)), duration(estimate(Recipe.quick(), 50_000, device))]
-    return (f"about {times[0]} of training steps on {hardware(device)} ({recipe.epochs} epochs); Recipe.quick() takes "
-            f"about {times[1]} and reaches {quick['mean_test_accuracy']:.1f} % on CIFAR-10")
+    whole_run, quick_run = estimate(recipe, len(labels), device, teacher), estimate(Recipe.quick(), 50_000, device)
+    return (f"a whole run of {recipe.epochs} epochs: about {duration(whole_run)} of training steps on "
+            f"{hardware(device)}; Recipe.quick() takes about {duration(quick_run)} and reaches "
+            f"{quick['mean_test_accuracy']:.1f} % on CIFAR-10")
 
 
 def duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 
@@ -22,7 +23,16 @@ from torch import nn
 import checkpoint
 import train
 import utils
-from checkpoint import Checkpoint, add_metrics, load, load_metrics, load_teacher, save, write_file
+from checkpoint import (
+    Checkpoint,
+    add_metrics,
+    labels_sha256,
+    load,
+    load_metrics,
+    load_teacher,
+    save,
+    write_file,
+)
 from dataset import CORES, load_dataset, make_loader, train_transform
 from model import NetDilated
 from recipe import Recipe, make_optimizer, make_scheduler, seed_everything
@@ -33,6 +43,7 @@ PROCESSES.set_forkserver_preload(["albumentations", "matplotlib.pyplot", "torchm
 HISTORY = {"train_loss": [2.0, 1.0], "test_accuracy": [21.0, 65.0], "seconds": [3.0, 4.0]}
 METRICS = {"network": "NetDilated", "hardware": "this machine", "test_accuracy": 65.0, "recipe": SHORT.to_json(),
            "history": HISTORY}
+LABELS = [number % 10 for number in range(2000)]
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +212,9 @@ def test_after_ctrl_c_the_same_cell_goes_on_to_the_same_weights(arrange, kept, r
     arrange(run, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run.fit()
-    assert capsys.readouterr().out.endswith(
-        f"interrupted: {kept} epochs are kept in {run.path}, run again to go on\n")
+    output = capsys.readouterr().out
+    assert output.endswith(f"interrupted: {kept} epochs are kept in {run.path}, run again to go on\n")
+    assert "going on" not in output
     assert history_in(run.path)["test_loss"] == finished.history["test_loss"][:kept]
     assert equal(state(run.model), torch.load(run.path, weights_only=True)["model"])  # the last whole epoch
     history = run.fit()
@@ -270,7 +282,7 @@ def test_a_trained_network_without_its_checkpoint_is_not_trained_again(root, tmp
     parts = {"model": run.model, "scheduler": make_scheduler(optimizer, run.recipe, STEPS)}
     optimizer.step()
     parts["scheduler"].step()
-    with pytest.raises(ValueError, match="Tiny.ckpt is gone, but this network has begun to train: make the network, "):
+    with pytest.raises(ValueError, match="Tiny.ckpt has no epoch of this run, but the network has begun to train: "):
         Checkpoint(run.path, run.recipe, run.loaders[0], None, parts).__enter__()
     assert not run.path.exists()
 
@@ -492,19 +504,26 @@ def test_a_run_saved_again_keeps_its_metrics_unless_a_file_is_harmed(tmp_path):
 def test_a_teacher_is_one_of_the_same_data(tmp_path):
     model = NetDilated()
     save(model, METRICS, tmp_path)
-    teacher = load_teacher(tmp_path, "sample")
+    recipe = replace(SHORT, teacher=str(tmp_path))
+    teacher = load_teacher(recipe, LABELS)
     assert equal(state(teacher), state(model)) and not teacher.training
     with pytest.raises(ValueError, match=f"^teacher is {str(tmp_path)!r}: choose None, or the folder of one trained on "
                                          "CIFAR-10, not on sample$"):
-        load_teacher(tmp_path, "CIFAR-10")
+        load_teacher(replace(recipe, data="CIFAR-10"), LABELS)
 
 
 def test_a_teacher_has_not_seen_what_its_student_holds_out(tmp_path):
-    save(NetDilated(), {**METRICS, "recipe": {**METRICS["recipe"], "validation_size": 500}}, tmp_path)
-    load_teacher(tmp_path, "sample", 500)
+    metrics = {**METRICS, "recipe": {**METRICS["recipe"], "validation_size": 500}}
+    save(NetDilated(), {**metrics, "labels_sha256": labels_sha256(LABELS[:1500])}, tmp_path)
+    recipe = replace(SHORT, teacher=str(tmp_path), validation_size=500)
+    load_teacher(recipe, LABELS[:1500])
+    load_teacher(replace(recipe, validation_size=400), LABELS[:1600])
+    load_teacher(replace(recipe, validation_size=0), LABELS[::-1])
     with pytest.raises(ValueError, match="choose None, or the folder of one that held out 501 training images, as the "
                                          "student does, not 500$"):
-        load_teacher(tmp_path, "sample", 501)
+        load_teacher(replace(recipe, validation_size=501), LABELS[:1499])
+    with pytest.raises(ValueError, match="this one may have seen those that are held out"):
+        load_teacher(recipe, LABELS[500:][::-1])
 
 
 def test_nothing_is_overwritten_before_its_replacement_is_complete(tmp_path, monkeypatch):

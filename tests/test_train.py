@@ -20,8 +20,7 @@ from tiny import SHORT, Tiny, equal, state
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_no_clock(root, monkeypatch):
-    monkeypatch.setenv("CIFAR10_ROOT", str(root))
+def one_thread_and_no_clock(monkeypatch):
     monkeypatch.setattr(train, "build_network", lambda name: Tiny())
     monkeypatch.setattr(train, "announce", lambda recipe: "a while")
     threads = torch.get_num_threads()
@@ -69,8 +68,8 @@ def test_a_long_run_is_announced_in_one_line(monkeypatch):
     monkeypatch.setattr(train, "estimate", lambda recipe, images, *_: recipe.epochs * images / 100)
     monkeypatch.setattr(train, "hardware", lambda device: "some processor")
     line = train.announce(replace(SHORT, teacher=None))
-    assert re.fullmatch(r"about 80 s of training steps on some processor \(4 epochs\); Recipe.quick\(\) takes "
-                        r"about 17 min and reaches 8\d.\d % on CIFAR-10", line)
+    assert re.fullmatch(r"a whole run of 4 epochs: about 80 s of training steps on some processor; Recipe.quick\(\) "
+                        r"takes about 17 min and reaches 8\d.\d % on CIFAR-10", line)
 
 
 # ---------------------------------------------------------------- the whole experiment
