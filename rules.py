@@ -21,7 +21,7 @@ from checker.layout import (
     place_of,
     stride_of,
 )
-from checker.operations import field_before, run_traced
+from checker.operations import field_before, run_traced, whole_pixels
 from checker.tables import markdown_table, text_table
 from checker.tracer import Operation
 from checkpoint import one_line
@@ -169,12 +169,12 @@ def check_receptive_field(operations: list[Operation]) -> Row:
     if field == float("inf"):
         where = next((place_of(each) for each in operations if each.kind == "attention"), "forward")
         return Row(rule, f"the whole image, by {where}", HOLDS)
-    pixels = f"{field + 1e-6:.0f}" if abs(field - round(field)) < 1e-3 else f"{int(field)}"
+    pixels = whole_pixels(field)
     doubts = [each for each in operations if each.kind in ("other", "squeeze-excite")]
-    if field <= RECEPTIVE_FIELD_LIMIT and doubts:
+    if pixels <= RECEPTIVE_FIELD_LIMIT and doubts:
         what = f"{doubts[0].name} can't be followed" if doubts[0].kind == "other" else "squeeze-excite sees more"
         return Row(rule, f"{pixels}, but {what} ({place_of(doubts[0])})", UNDECIDED)
-    return _row(rule, pixels, field > RECEPTIVE_FIELD_LIMIT)
+    return _row(rule, f"{pixels}", pixels > RECEPTIVE_FIELD_LIMIT)
 
 
 def check_separable(operations: list[Operation]) -> Row:

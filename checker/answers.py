@@ -44,8 +44,11 @@ def main(arguments: list[str] | None = None) -> None:
                            strict=True))
     print(format_answers(answers))
     if options.csv:
-        with open(options.csv, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(_answer_lines(answers, lambda row: f"{row.verdict}: {row.measured}"))
+        try:
+            with open(options.csv, "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(_answer_lines(answers, lambda row: f"{row.verdict}: {row.measured}"))
+        except OSError as error:
+            sys.exit(f"rules.py: {options.csv} could not be written ({error.strerror})")
 
 
 def check_file(file: str, timeout: float = 60) -> tuple[str, list[Row]] | str:
@@ -94,8 +97,11 @@ def _described(error):
 
 def _import(file):
     """Return the module of a file. It may import its neighbours, by their names or as those of a package."""
-    for name in ("checker", "checkpoint", "dataset", "model", "recipe", "rules"):  # they may have the names of ours
-        sys.modules.pop(name, None)
+    if file.suffix != ".py":
+        raise ValueError("this is no Python file (of a notebook, `jupyter nbconvert --to script` makes one)")
+    ours = {"checker", "checkpoint", "checks", "dataset", "model", "recipe", "rules"}
+    for name in [name for name in sys.modules if name.split(".")[0] in ours]:  # its neighbours may have these names
+        del sys.modules[name]
     name = file.parent.name
     if name in sys.modules or (file.parent / f"{name}.py").exists():  # the package must not hide another module
         name = f"folder_{name}"

@@ -70,7 +70,7 @@ def receptive_field(model: nn.Module) -> int | float:
 
 def whole_pixels(field: float) -> int | float:
     """Return a receptive field in the pixels that it really reaches: half a pixel of an upsampled image is none."""
-    return field if math.isinf(field) else int(field + 1e-6)
+    return field if math.isinf(field) else int(field + 1e-3)
 
 
 def field_before(operations: list[Operation]) -> float:

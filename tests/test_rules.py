@@ -20,7 +20,7 @@ from checker.layout import layers_table
 from checker.operations import count_macs, gradients_of_the_middle, receptive_field, trace
 from checker.tables import markdown_table
 from dataset import FILL, train_transform
-from model import NETWORKS, ConvBNAct, MirrorDepthwise, NetDilated, Network, build_network, conv
+from model import NETWORKS, ConvBNAct, MirrorDepthwise, NetDilated, Network, build_network, conv, separable
 from rules import Row, check_rules, format_rules, rules_table
 
 VERDICTS = {"holds": True, "BROKEN": False, "undecided": None}
@@ -183,6 +183,13 @@ def test_interpolation_to_the_same_size_is_nothing():
 def test_shrinking_images_and_resizing_between_blocks_leaves_the_blocks_undecided(network):
     rows = table(network)
     assert all(holds is None and "upsample" in measured for measured, holds in map(rows.get, BLOCKS))
+
+
+def test_half_a_pixel_of_an_upsampled_image_is_not_reached():
+    network = NetDilated()
+    network.C2[0], network.C3[0], network.C4[1] = (separable(*channels, kernel_size=1)
+                                                   for channels in ((64, 96), (96, 192), (288, 288)))
+    assert table(network)["receptive field"] == ("44", False)  # 58.5 - 2 - 4 - 8
 
 
 def test_a_receptive_field_is_the_same_at_any_size_of_the_image():
@@ -594,7 +601,7 @@ def test_a_folder_of_answers_is_one_table(tmp_path, capsys):
     """The class Net, another one, a function Net, and files that fail in their own ways."""
     files = {"net.py": NET.format("Net", "pass"), "mine.py": NET.format("Mine", "def __init__(self, a): pass"),
              "function.py": LAYERS.replace("layers", "Net"), "fails.py": "import nothing_such",
-             "leaves.py": "import os; os._exit(3)", "empty.py": "", "digits.py": DIGITS}
+             "leaves.py": "import os; os._exit(3)", "empty.py": "", "digits.py": DIGITS, "notebook.ipynb": "{}"}
     folder = tmp_path / "torch"  # whose name must not hide the package
     folder.mkdir()
     for name, text in {**files, "model.py": LAYERS}.items():
@@ -602,18 +609,18 @@ def test_a_folder_of_answers_is_one_table(tmp_path, capsys):
     main([*(str(folder / name) for name in files), "--csv", str(tmp_path / "table.csv")])
     lines, notes = capsys.readouterr().out.split("\n\n")
     rows = {line.split()[0]: line.split()[1:] for line in lines.splitlines() if line.startswith(str(tmp_path))}
-    assert len(set(map(len, rows.values()))) == 1 and len(rows) == 7
+    assert len(set(map(len, rows.values()))) == 1 and len(rows) == 8
     net, mine, function, *errors = rows.values()
     assert (net[0], mine[0], function[0]) == ("Net", "Mine", "Net") and net[1:] == mine[1:] == function[1:]
     assert {cell for cells in errors for cell in cells} == {"error"}
     assert net[1:5] == ["BROKEN", "BROKEN", "BROKEN", "holds"]
     for text in ("ModuleNotFoundError: No module named 'nothing_such'", "with exit code 3", "no class of a network",
-                 "ForDigits does not run on (2, 3, 32, 32) images"):
+                 "ForDigits does not run on (2, 3, 32, 32) images", "ValueError: this is no Python file"):
         assert text in " ".join(notes.split())
     assert "three convolutions in each: 1: C1 has 1 convolution: layers.0 3x3 3→10" in notes
     head, *cells = csv.reader((tmp_path / "table.csv").read_text(encoding="utf-8").splitlines())
     assert head[:3] == ["file", "network", "four blocks"] and head[-1] == "error"
-    assert [len(row) for row in cells] == [13] * 7 and cells[0][5] == "holds: none" and "nothing_such" in cells[3][-1]
+    assert [len(row) for row in cells] == [13] * 8 and cells[0][5] == "holds: none" and "nothing_such" in cells[3][-1]
 
 
 OLD_SESSIONS = """
@@ -630,6 +637,13 @@ class Broken(nn.Module):
     def __init__(self):
         super(Net, self).__init__()
 """
+
+
+def test_a_table_that_cannot_be_written_is_one_line_and_still_shown(tmp_path, capsys):
+    (tmp_path / "net.py").write_text(LAYERS.replace("layers", "Net"))
+    with pytest.raises(SystemExit, match="^rules.py: .*table.csv could not be written \\(No such file or directory"):
+        main([str(tmp_path / "net.py"), "--csv", str(tmp_path / "nowhere" / "table.csv")])
+    assert "holds" in capsys.readouterr().out
 
 
 def test_of_several_networks_in_a_file_the_one_that_keeps_the_most_rules_counts(tmp_path):
