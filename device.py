@@ -9,21 +9,15 @@ import numpy as np
 import torch
 import torchvision
 
-from checks import require
 
-
-def pick_device(name: str | None = None) -> torch.device:
-    """Return the named device, or the best one here: CUDA, then MPS, then CPU. A ValueError names others.
-
-    For a CPU it also calls `keep_freed_memory`.
-    """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kinds = [kind for kind in there if there[kind]]
-    require("device", name, f"None, or one of this machine: {', '.join(kinds)}", name is None or _exists(name, kinds))
-    name = kinds[0] if name is None else str(name)
-    if name == "cpu":
-        keep_freed_memory()
-    return torch.device(name)
+def pick_device() -> torch.device:
+    """Return the best device here: CUDA, then MPS, then CPU, for which it also calls `keep_freed_memory`."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    keep_freed_memory()
+    return torch.device("cpu")
 
 
 def keep_freed_memory() -> None:
@@ -35,16 +29,6 @@ def keep_freed_memory() -> None:
         mallopt, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None).mallopt, -1, -4
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)  # never
-
-
-def _exists(name, kinds):
-    """Say whether there is a device of that name here, as "cuda:1"."""
-    try:
-        device = torch.device(name) if isinstance(name, (str, torch.device)) else None
-    except RuntimeError:
-        return False
-    count = torch.cuda.device_count() if device and device.type == "cuda" else 1
-    return device is not None and device.type in kinds and (device.index or 0) < count
 
 
 def mixed_precision(device: torch.device) -> torch.dtype | None:

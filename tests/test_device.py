@@ -11,16 +11,13 @@ from device import autocast, hardware, make_scaler, mixed_precision, pick_device
 CPU = torch.device("cpu")
 
 
-def test_a_device_is_taken_by_name_and_the_best_one_by_default():
-    assert pick_device("cpu") == pick_device(CPU) == CPU
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    assert pick_device().type == best
-
-
-@pytest.mark.parametrize("name", ["gpu", 3, "cpu:x", "cuda:99", ""])
-def test_a_device_that_is_not_there_is_named_with_those_that_are(name):
-    with pytest.raises(ValueError, match=f"^device is {name!r}: choose None, or one of this machine: .*cpu$"):
-        pick_device(name)
+@pytest.mark.parametrize("cuda, mps, best", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_the_best_device_is_taken_and_a_cpu_keeps_its_memory(cuda, mps, best, monkeypatch):
+    kept = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(device, "keep_freed_memory", lambda: kept.append(True))
+    assert pick_device().type == best and bool(kept) == (best == "cpu")
 
 
 @pytest.mark.parametrize("vendor, flags, dtype", [
