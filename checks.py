@@ -3,6 +3,8 @@ import numbers
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+SEED = "a whole number, 0 to 4294967295"  # see `is_seed`
+
 
 def require(name: str, value: object, allowed: str, holds: bool) -> None:
     """Raise a ValueError of one line that names the setting, its value and what is allowed, unless it holds."""

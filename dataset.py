@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.datasets.utils import check_integrity
 
-from checks import is_number, is_seed, require
+from checks import SEED, is_number, is_seed, require
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images, by channel, 0 to 1
@@ -97,7 +97,7 @@ class CIFAR10(torchvision.datasets.CIFAR10):
 
     def __init__(self, root=None, train=True, transform=None, seed=0):
         self.seed = seed
-        root = Path(root or data_folder())
+        root = Path(root or data_folder()).expanduser()
         try:
             super().__init__(root, train, transform, download=True)
             if not _consistent(self.data, self.targets):
@@ -162,7 +162,8 @@ class CIFAR10Sample(CIFAR10):
     columns = 50  # images in a row of a sheet
 
     def __init__(self, root=None, train=True, transform=None, seed=0):
-        root, split = Path(root or Path(__file__).parent / "sample"), "train" if train else "test"
+        root = Path(root or Path(__file__).parent / "sample").expanduser()
+        split = "train" if train else "test"
         torchvision.datasets.VisionDataset.__init__(self, root, transform=transform)
         self.train, self.seed, self.classes = train, seed, list(CLASSES)
         path = root / f"{split}.webp"
@@ -207,7 +208,7 @@ def load_dataset(split: str = "train", data: str = "CIFAR-10", validation_size: 
     require("split", split, "train, validation or test",
             isinstance(split, str) and split in ("train", "validation", "test"))
     require("root", root, "None or the path of a folder", root is None or isinstance(root, (str, Path)))
-    require("seed", seed, "a whole number, 0 to 4294967295", is_seed(seed))
+    require("seed", seed, SEED, is_seed(seed))
     if transform is None:
         transform = train_transform() if split == "train" else test_transform()
     require("transform", type(transform).__name__, "None or a transform of albumentations, as A.Compose([...])",
@@ -241,7 +242,7 @@ def make_loader(dataset: Dataset, batch_size: int = 256, shuffle: bool = False, 
             argument is not one of those allowed.
     """
     require("shuffle", shuffle, "True or False", isinstance(shuffle, bool))
-    require("seed", seed, "a whole number, 0 to 4294967295", is_seed(seed))
+    require("seed", seed, SEED, is_seed(seed))
     num_workers = min(CORES, 8) * shuffle if num_workers is None else num_workers
     require("batch_size", batch_size, f"1 to {len(dataset)}, the size of the data set",
             type(batch_size) is int and 1 <= batch_size <= len(dataset))

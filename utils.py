@@ -163,7 +163,7 @@ def test(model: nn.Module, loader: Iterable) -> tuple[float, float]:
 
 def loss_and_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
     """Return the mean cross entropy and the accuracy in percent of (N, classes) logits."""
-    return F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).float().mean().item()
+    return F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).double().mean().item()
 
 
 # ---------------------------------------------------------------- metrics

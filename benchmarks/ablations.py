@@ -1,8 +1,9 @@
 """What each idea is worth: runs on the first training images, evaluated on the last ones, which are held out.
 
-`python -m benchmarks.ablations` makes the rows of `RECIPES` that benchmarks/ablations.json lacks. Rows that are named
-as arguments are made anew, in every table that has them. An interrupted run in checkpoints/ablations goes on, a
-finished one is loaded. Other rows of that file are of variants of the code, which ablations.md describes.
+`python -m benchmarks.ablations` makes the rows of `RECIPES` that benchmarks/ablations.json lacks. With names of rows as
+arguments it makes those, in every table that has them, and replaces what the file says of them. An interrupted run in
+checkpoints/ablations goes on, a finished one is loaded: remove its folder to train it again. Other rows of that file
+are of variants of the code, which ablations.md describes.
 """
 import json
 import sys
@@ -29,7 +30,7 @@ RECIPES = {  # table -> row -> recipe
         "NetDilated, seed 1": replace(TEN, seed=1),
         "NetDilated, seed 2": replace(TEN, seed=2),
         "SGD in place of Muon": replace(TEN, optimizer="SGD"),
-        "batches of 128": replace(TEN, batch_size=128),
+        "batch size 128": replace(TEN, batch_size=128),
         "max_lr 0.2": replace(TEN, max_lr=0.2),
         "max_lr 0.45": replace(TEN, max_lr=0.45),
         "max_lr 0.6": replace(TEN, max_lr=0.6),
@@ -39,7 +40,7 @@ RECIPES = {  # table -> row -> recipe
     },
     "30 epochs": {
         "NetDilated": replace(PLAIN, epochs=30),
-        "batches of 128": replace(PLAIN, epochs=30, batch_size=128),
+        "batch size 128": replace(PLAIN, epochs=30, batch_size=128),
         "max_lr 0.45": replace(PLAIN, epochs=30, max_lr=0.45),
         "corruption 0.2": replace(PLAIN, epochs=30, corruption=0.2),
     },
@@ -49,7 +50,7 @@ RECIPES = {  # table -> row -> recipe
         "max_lr 1.0": replace(QUICK, max_lr=1.0),
         "warmup 0.25": replace(QUICK, warmup=0.25),
         "augmentation 0": replace(QUICK, augmentation=0),
-        "batches of 64": replace(QUICK, batch_size=64),
+        "batch size 64": replace(QUICK, batch_size=64),
         "28 pixels at the end": replace(QUICK, sizes=(16, 28)),
         "3 epochs, 16, 16 and 24 pixels": replace(QUICK, epochs=3, sizes=(16, 16, 24)),
     },

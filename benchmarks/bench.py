@@ -9,6 +9,7 @@ import contextlib
 import json
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--data", default="CIFAR-10")
     parser.add_argument("--output", type=Path, default=HERE / "bench.json")
     options = parser.parse_args(arguments)
-    device = pick_device()
+    device = options.device = pick_device()
     results = {"hardware": hardware(device), "data": options.data, "date": date.today().isoformat(),
                "versions": versions(), "repeats": options.repeats, "seconds": options.seconds}
     print(f"{results['hardware']}, {options.data}, medians of {options.repeats}")
@@ -93,7 +94,7 @@ def training_step(options: argparse.Namespace) -> dict:
 
 def serve_side(pipe, options, network, batch_size, recipe):
     """Measure one side whenever asked: the rate over steps of all the recipe's image sizes."""
-    device = pick_device() if recipe else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device() if recipe else options.device
     model = build_network(network).to(device)
     steps = our_steps(model, batch_size, recipe) if recipe else plain_steps(model, batch_size)
     images = batch_size * (len(recipe.sizes) if recipe else 1)
@@ -106,7 +107,8 @@ def serve_side(pipe, options, network, batch_size, recipe):
             pipe.send(torch.cuda.max_memory_allocated() / 2**20)
         else:
             import resource  # which Windows lacks
-            pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+            unit = 2**20 if sys.platform == "darwin" else 2**10
+            pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def our_steps(model: torch.nn.Module, batch_size: int, recipe: Recipe) -> Callable[[], None]:

@@ -4,9 +4,11 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from torch import nn
 
 from benchmarks import ablations, bench, quick
+from checker.operations import count_macs
 from model import NetDilated
 from recipe import Recipe
 from train import run
@@ -21,10 +23,9 @@ SIDES = [bench.OURS, bench.HEADLINE, bench.TEACHER, bench.QUICK, bench.PUBLISHED
 
 
 @pytest.fixture(scope="module")
-def results(root, tmp_path_factory):
+def results(tmp_path_factory):
     output = tmp_path_factory.mktemp("bench") / "bench.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CIFAR10_ROOT", str(root))
         patch.setattr(bench, "SIDES", {name: (bench.SIDES[name][0], 8, bench.SIDES[name][2]) for name in SIDES})
         patch.setattr(bench, "CORES", 1)
         patch.setattr(bench, "arithmetic", partial(bench.arithmetic, side=64))
@@ -39,16 +40,22 @@ def test_training_steps_are_compared_with_ours(results):
     assert list(rows) == SIDES and rows[bench.OURS]["speedup"] == 1
     for row in rows.values():
         assert row["speedup"] == pytest.approx(rows[bench.OURS]["median"] / row["median"])
-        assert row["min"] <= row["median"] <= row["max"] and row["peak_mb"] > 100
+        assert row["min"] <= row["median"] <= row["max"] and row["peak_mb"] > 0
 
 
-def test_shares_lie_between_nothing_and_everything(results):
-    assert results["rate of arithmetic, GFLOP/s"]["share"] > 0
+def test_rates_of_input_and_evaluation_are_measured(results):
     assert 0 <= results["waiting for data, %"] < 100
-    pipeline = results["input pipeline"]
-    assert all(row["of_the_limit"] > 0 for row in pipeline.values())
-    assert pipeline["albumentations alone, 1 worker"]["of_the_limit"] == 1 and "ours, 1 worker" in pipeline
+    limit, *others = results["input pipeline"].values()
+    for row in others:
+        assert row["of_the_limit"] == pytest.approx(row["median"] / limit["median"])
+    assert "ours, 1 worker" in results["input pipeline"]
     assert results["evaluation, seconds"]["images"] == 32 and results["evaluation, seconds"]["median"] > 0
+
+
+def test_a_training_step_computes_six_operations_for_each_multiply_accumulate():
+    rate = bench.arithmetic({bench.OURS: {"median": 1000}}, torch.device("cpu"), side=64)
+    assert rate["training step"] == pytest.approx(6 * count_macs(NetDilated()) * 1000 / 1e9)
+    assert rate["share"] == pytest.approx(rate["training step"] / rate["matrix product"])
 
 
 def test_a_whole_run_is_its_epochs_times_the_time_of_an_epoch(tmp_path):
@@ -73,9 +80,8 @@ def test_a_quick_recipe_that_misses_85_or_is_another_one_does_not_count(changes,
 
 
 @pytest.fixture
-def tiny_runs(root, monkeypatch):
+def tiny_runs(monkeypatch):
     """The runs of the benchmarks train a tiny network."""
-    monkeypatch.setenv("CIFAR10_ROOT", str(root))
     for module in (ablations, quick):
         monkeypatch.setattr(module, "run", lambda recipe, build=None: run(recipe, build or Tiny))
     return Recipe(data="sample", epochs=2, batch_size=100, sizes=(32,), teacher=None, num_workers=0)
@@ -93,7 +99,7 @@ def test_an_ablation_writes_its_row_once(tiny_runs, tmp_path, monkeypatch, capsy
     ablations.main([], tmp_path / "rows.json", tmp_path)
     assert "epoch" not in capsys.readouterr().out
     (tmp_path / "rows.json").write_text(json.dumps({"table": {"SGD": {}, "base": rows["base"]}}))
-    ablations.main(["SGD"], tmp_path / "rows.json", tmp_path)  # made anew, of the run that is finished
+    ablations.main(["SGD"], tmp_path / "rows.json", tmp_path)  # of the run that is finished
     assert json.loads((tmp_path / "rows.json").read_text())["table"] == rows
 
 
