@@ -339,7 +339,7 @@ def plot_misclassified(dataset: CIFAR10, logits: torch.Tensor, path: str | Path,
         axis.axis("off")
     for axis, index in zip(axes.flat, wrong.tolist(), strict=False):
         show_image(axis, dataset.data[index])
-        axis.set_title(f"{dataset.classes[predicted[index]]} {confidence[index]:.0%}", fontsize=9, color=ORANGE, pad=3)
+        axis.set_title(f"{dataset.classes[predicted[index]]} {confidence[index]:.1%}", fontsize=9, color=ORANGE, pad=3)
         axis.text(0.5, -0.04, f"is {dataset.classes[labels[index]]}", fontsize=9, color=BLUE, ha="center", va="top",
                   transform=axis.transAxes)
     figure.suptitle(f"{dataset.title}: {len(wrong):,} of {len(labels):,} test images are misclassified; the "

@@ -64,20 +64,21 @@ def headline() -> str:
     corrupted = mean_accuracy_under_corruptions(runs()[0]["accuracy_under_corruptions"])
     seeds = f"{len(runs())} seeds" if len(runs()) > 1 else "one run"
     return (f"**{mean_and_deviation()} % test accuracy**, {seeds}, {runs()[0]['parameters']:,} parameters, {kept}."
-            f"\n{corrupted:.1f} % on average under five kinds of corruption, two of them not in its training (seed 0, "
-            "notebook, Appendix B).")
+            f"\n{corrupted:.1f} % under corruptions: the mean of five kinds, two of them not in its training, at five "
+            "severities (Appendix B).")
 
 
 def results() -> str:
     """The headline runs, and the three networks after equal epochs without a teacher."""
-    rows = [("NetDilated, with a teacher", f"{runs()[0]['parameters']:,}", str(runs()[0]["recipe"]["epochs"]),
-             f"**{mean_and_deviation()}**", "")]
+    first = runs()[0]
+    rows = [("NetDilated, with a teacher", f"{first['parameters']:,}", f"{first['macs'] / 1e6:.1f}",
+             str(first["recipe"]["epochs"]), f"**{mean_and_deviation()}**", "")]
     for name in NETWORKS:
         metrics = load_metrics(name, EQUAL_EPOCHS)
         published = f"{PUBLISHED[name][1]} in {PUBLISHED[name][0]} epochs" if name in PUBLISHED else ""
-        rows.append((name, f"{metrics['parameters']:,}", str(metrics["recipe"]["epochs"]),
-                     f"{metrics['test_accuracy']:.2f}", published))
-    return markdown_table(("network", "parameters:", "epochs:", "test accuracy %:", "as published %"), rows)
+        rows.append((name, f"{metrics['parameters']:,}", f"{metrics['macs'] / 1e6:.1f}",
+                     str(metrics["recipe"]["epochs"]), f"{metrics['test_accuracy']:.2f}", published))
+    return markdown_table(("network", "parameters:", "MACs, M:", "epochs:", "test accuracy %:", "as published %"), rows)
 
 
 def seeds() -> str:
@@ -93,7 +94,7 @@ def constraints() -> str:
     rows.append(("at least 85 % test accuracy", f"{mean_and_deviation()} %"))
     difference = mirror_difference()
     rows.append(("*not asked:* the same logits for an image and its mirror image",
-                 "to rounding" if difference < 1e-4 else f"they differ by {difference:.0e}"))
+                 "up to rounding" if difference < 1e-4 else f"they differ by {difference:.0e}"))
     return markdown_table(("constraint", "measured"), rows)
 
 
@@ -113,7 +114,7 @@ def bench() -> dict:
 
 def training_step() -> str:
     """Images a second of the training step."""
-    return markdown_table(("training step", "images/s:", "min to max:", "peak MB:", "NetDilated is faster by:"), [
+    return markdown_table(("training step", "images/s:", "min to max:", "peak MB:", "speed-up of NetDilated:"), [
         (name, f"{row['median']:.0f}", f"{row['min']:.0f} to {row['max']:.0f}", f"{row['peak_mb']:.0f}",
          f"{row['speedup']:.2f}x") for name, row in bench()["training step"].items()])
 
@@ -143,7 +144,7 @@ def other_measurements() -> str:
         ("hardware", measured["hardware"]), ("torch", measured["versions"]["torch"]), ("date", measured["date"]),
         ("the loop waits for data", f"{measured['waiting for data, %']:.1f} % of its time"),
         (f"testing {evaluation['images']:,} images", f"{evaluation['median']:.1f} s"),
-        ("model FLOPs utilization (MFU) of the training step, of a large matrix product's rate",
+        ("arithmetic of the training step, in % of a large matrix product's rate",
          f"{rate['share']:.0%} ({rate['training step']:.0f} of {rate['matrix product']:.0f} GFLOP/s)")])
 
 
@@ -163,7 +164,7 @@ def ablations() -> dict[str, dict[str, dict]]:
 
 def all_ablations() -> str:
     """All ablations, a table for each schedule."""
-    head = ("variant", "parameters:", "MACs, M:", "train %:", "validation %:", "loss:", "corrupted %:")
+    head = ("variant", "parameters:", "MACs, M:", "train %:", "validation %:", "validation loss:", "corrupted %:")
     return "\n\n".join(f"### {table}\n\n" + markdown_table(head, [
         (name, f"{row['parameters']:,}", f"{row['macs'] / 1e6:.1f}", f"{row['train_accuracy']:.1f}",
          f"{row['validation_accuracy']:.2f}", f"{row['validation_loss']:.3f}",
@@ -228,12 +229,12 @@ def plot_ablations(path: Path) -> plt.Figure:
     names = [textwrap.fill(name, 44) for name in names]
     drawn = axis.barh(names, values, color=[COLOURS[2] if value > 0 else ORANGE for value in values])
     axis.bar_label(drawn, [f"{value:+.2f}" for value in values], padding=3, fontsize=9)
-    axis.set(xlim=(min(values) - 0.4, max(*values, 0) + 0.4), xlabel="points of validation accuracy",
+    axis.set(xlim=(min(values) - 0.4, max(*values, 0) + 0.4), xlabel="percentage points of validation accuracy",
              title=f"Variants after ten epochs (unchanged: {base:.2f} %)")
     if len(unchanged) > 1:
-        deviation = statistics.stdev(unchanged)
-        axis.axvspan(-2 * deviation, 2 * deviation, color="lightgrey", alpha=0.5, zorder=0)
-        axis.set_xlabel(f"{axis.get_xlabel()}\ngrey: two standard deviations of {len(unchanged)} seeds")
+        error = statistics.stdev(unchanged) * (1 + 1 / len(unchanged))**0.5  # of a run's distance from their mean
+        axis.axvspan(-2 * error, 2 * error, color="lightgrey", alpha=0.5, zorder=0)
+        axis.set_xlabel(f"{axis.get_xlabel()}\ngrey: two standard errors, from {len(unchanged)} seeds without a change")
     axis.invert_yaxis()
     return finish_figure(figure, path)
 

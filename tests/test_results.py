@@ -19,7 +19,7 @@ import utils
 from benchmarks import tables
 from benchmarks.ablations import RECIPES
 from checker.operations import count_macs, count_parameters, receptive_field
-from checkpoint import load, load_metrics
+from checkpoint import labels_sha256, load, load_metrics
 from dataset import MEAN, STD, data_folder, load_dataset, make_loader
 from device import pick_device
 from model import NETWORKS, build_network
@@ -99,6 +99,8 @@ def test_the_teacher_and_the_held_out_run_hold_out_the_same_images(folder, recip
 
 def test_the_temperature_fits_the_held_out_images(real_test_set):
     model, metrics = load("NetDilated", WEIGHTS / "held-out")
+    if labels_sha256(load_dataset("train", validation_size=5000).targets) != metrics["labels_sha256"]:
+        pytest.skip("these training images have another order, so others are held out")
     model.to(pick_device(), memory_format=torch.channels_last)
     held_out = load_dataset("validation", validation_size=metrics["recipe"]["validation_size"])
     logits, labels = utils.predict(model, make_loader(held_out, 500))

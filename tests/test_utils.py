@@ -472,7 +472,7 @@ def test_misclassified_shows_prediction_confidence_and_truth_the_most_confident_
         for axis, index in zip(figure.axes, order, strict=False):
             predicted = test_set.classes[(labels[index] + 1) % 10]
             assert (axis.images[0].get_array() == test_set.data[index]).all()
-            assert axis.get_title() == f"{predicted} {logits[index].softmax(0).max():.0%}"
+            assert axis.get_title() == f"{predicted} {logits[index].softmax(0).max():.1%}"
             assert axis.texts[0].get_text() == f"is {test_set.classes[labels[index]]}"
         assert not figure.axes[3].images and "3 of 1,000" in figure.get_suptitle()
 
