@@ -38,6 +38,10 @@ RECIPES = {  # table -> row -> recipe
         "weight decay 0.002": replace(TEN, weight_decay=2e-3),
         "corruption 0.2": replace(TEN, corruption=0.2),
     },
+    "10 epochs, teachers": {
+        "no teacher": replace(TEN, validation_size=5000),
+        "our teacher": replace(TEN, validation_size=5000, teacher=Recipe.teacher),
+    },
     "30 epochs": {
         "NetDilated": replace(PLAIN, epochs=30),
         "batch size 128": replace(PLAIN, epochs=30, batch_size=128),
