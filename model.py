@@ -98,17 +98,31 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, stride: int = 1, dil
     """Return the depthwise convolution of (N, C, H, W) with (C, 1, k, k), padded by (k - 1) // 2 times the dilation.
 
     In bf16 on a CPU, only stride 1 with dilation 1 has a fast backward pass. A kernel with dilation 2 works on every
-    other pixel, so it is applied without dilation to each of four smaller images. Other cases run in fp32, which is
-    several times as fast.
+    other pixel, so it is applied without dilation to four smaller images. Other cases run in fp32, which is several
+    times as fast.
     """
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and (stride, dilation) != (1, 1):
         if stride == 1 and x.shape[2] % dilation == x.shape[3] % dilation == 0:
-            kernels = weight.repeat_interleave(dilation**2, 0)
-            return F.pixel_shuffle(depthwise_conv2d(F.pixel_unshuffle(x, dilation), kernels), dilation)
+            return batch_to_space(depthwise_conv2d(space_to_batch(x, dilation), weight), dilation)
         with torch.autocast("cpu", enabled=False):
             return depthwise_conv2d(x.float(), weight.float(), stride, dilation).bfloat16()
     padding = (weight.shape[2] - 1) // 2 * dilation
     return F.conv2d(x, weight, None, stride, padding, dilation, x.shape[1])
+
+
+def space_to_batch(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Return every size-th row and column of (N, C, H, W) images as images: (size**2 * N, C, H / size, W / size).
+
+    Both are in channels_last memory, where this is several times as fast as `F.pixel_unshuffle`.
+    """
+    x = x.permute(0, 2, 3, 1).unflatten(2, (-1, size)).unflatten(1, (-1, size))
+    return x.permute(2, 4, 0, 1, 3, 5).flatten(0, 2).permute(0, 3, 1, 2)
+
+
+def batch_to_space(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the images of which `space_to_batch` made x."""
+    x = x.permute(0, 2, 3, 1).unflatten(0, (size, size, -1))
+    return x.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 class MirrorBatchNorm2d(nn.Module):
