@@ -101,7 +101,8 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, stride: int = 1, dil
     other pixel, so it is applied without dilation to four smaller images. Other cases run in fp32, which is several
     times as fast.
     """
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and (stride, dilation) != (1, 1):
+    backward_in_bf16 = torch.is_grad_enabled() and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    if backward_in_bf16 and (stride, dilation) != (1, 1):
         if stride == 1 and x.shape[2] % dilation == x.shape[3] % dilation == 0:
             return batch_to_space(depthwise_conv2d(space_to_batch(x, dilation), weight), dilation)
         with torch.autocast("cpu", enabled=False):

@@ -95,6 +95,9 @@ def test_a_depthwise_convolution_is_the_same_in_fp32_and_under_bf16_autocast(sid
         rounded = depthwise_conv2d(x.bfloat16(), weight, **settings)
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, rtol=0.02, atol=0.02 * exact.abs().max().item())
+    with torch.no_grad():  # where there is no backward pass to care for
+        native = depthwise_conv2d(x.bfloat16(), weight.bfloat16(), **settings)
+    torch.testing.assert_close(native, rounded, rtol=0.01, atol=0.05)
     rounded.float().square().sum().backward()
     torch.testing.assert_close(weight.grad, gradient, rtol=0.02, atol=0.02 * gradient.abs().max().item())
 
