@@ -3,7 +3,7 @@ import numbers
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-SEED = "a whole number, 0 to 4294967295"  # see `is_seed`
+ALLOWED_SEEDS = "a whole number, 0 to 4294967295"  # see `is_seed`
 
 
 def require(name: str, value: object, allowed: str, holds: bool) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.datasets.utils import check_integrity
 
-from checks import SEED, is_number, is_seed, require
+from checks import ALLOWED_SEEDS, is_number, is_seed, require
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images, by channel, 0 to 1
@@ -208,7 +208,7 @@ def load_dataset(split: str = "train", data: str = "CIFAR-10", validation_size: 
     require("split", split, "train, validation or test",
             isinstance(split, str) and split in ("train", "validation", "test"))
     require("root", root, "None or the path of a folder", root is None or isinstance(root, (str, Path)))
-    require("seed", seed, SEED, is_seed(seed))
+    require("seed", seed, ALLOWED_SEEDS, is_seed(seed))
     if transform is None:
         transform = train_transform() if split == "train" else test_transform()
     require("transform", type(transform).__name__, "None or a transform of albumentations, as A.Compose([...])",
@@ -242,7 +242,7 @@ def make_loader(dataset: Dataset, batch_size: int = 256, shuffle: bool = False, 
             argument is not one of those allowed.
     """
     require("shuffle", shuffle, "True or False", isinstance(shuffle, bool))
-    require("seed", seed, SEED, is_seed(seed))
+    require("seed", seed, ALLOWED_SEEDS, is_seed(seed))
     num_workers = min(CORES, 8) * shuffle if num_workers is None else num_workers
     require("batch_size", batch_size, f"1 to {len(dataset)}, the size of the data set",
             type(batch_size) is int and 1 <= batch_size <= len(dataset))

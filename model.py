@@ -99,7 +99,7 @@ def depthwise_conv2d(x: torch.Tensor, weight: torch.Tensor, stride: int = 1, dil
 
     In bf16 on a CPU, only stride 1 with dilation 1 has a fast backward pass. A kernel with dilation 2 works on every
     other pixel, so it is applied without dilation to four smaller images. Other cases run in fp32, which is several
-    times as fast.
+    times as fast. Without gradients, bf16 is the faster one.
     """
     backward_in_bf16 = torch.is_grad_enabled() and x.dtype == torch.bfloat16 and x.device.type == "cpu"
     if backward_in_bf16 and (stride, dilation) != (1, 1):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from checks import SEED, between, is_folder, is_seed, one_of, positive, require, whole
+from checks import ALLOWED_SEEDS, between, is_folder, is_seed, one_of, positive, require, whole
 from dataset import CORES, DATASETS
 from model import NETWORKS
 
@@ -67,7 +67,7 @@ class Recipe:
                                          "a number, 0 to 1", between(0, 1))
     distillation_temperature: float = setting(4.0, "what the logits are divided by in the distillation loss",
                                               "a number above 0", positive)
-    seed: int = setting(0, "the seed of weights, order and augmentation", SEED, is_seed)
+    seed: int = setting(0, "the seed of weights, order and augmentation", ALLOWED_SEEDS, is_seed)
     num_workers: int | None = setting(
         None, "processes that augment; None: one for each core, at most 8",
         f"None, or 0 to {CORES}, the number of cores",

@@ -94,7 +94,7 @@ def training_step(options: argparse.Namespace) -> dict:
 
 def serve_side(pipe, options, network, batch_size, recipe):
     """Measure one side whenever asked: the rate over steps of all the recipe's image sizes."""
-    device = pick_device() if recipe else options.device
+    device = pick_device() if recipe else options.device  # on a CPU, only ours keeps freed memory
     model = build_network(network).to(device)
     steps = our_steps(model, batch_size, recipe) if recipe else plain_steps(model, batch_size)
     images = batch_size * (len(recipe.sizes) if recipe else 1)

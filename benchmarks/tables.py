@@ -64,7 +64,7 @@ def headline() -> str:
     corrupted = mean_accuracy_under_corruptions(runs()[0]["accuracy_under_corruptions"])
     seeds = f"{len(runs())} seeds" if len(runs()) > 1 else "one run"
     return (f"**{mean_and_deviation()} % test accuracy**, {seeds}, {runs()[0]['parameters']:,} parameters, {kept}."
-            f"\n{corrupted:.1f} % under corruptions: the mean of five kinds, two of them not in its training, at five "
+            f"\n{corrupted:.1f} % under corruptions (seed 0): the mean of five kinds, two not in its training, at five "
             "severities (Appendix B).")
 
 
