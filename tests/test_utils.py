@@ -484,12 +484,12 @@ def test_the_confusion_matrix_has_a_row_for_each_true_class(figures, test_set):
 
 
 def test_the_reliability_diagram_shows_the_logits_as_they_are_and_at_a_temperature(figures, test_set, tmp_path):
-    temperature = np.log(9 * 9) / np.log(1.5 * 9)  # nine other classes share what is left: 10 %, and then 40 %
-    figure = utils.plot_reliability(test_set, confident(test_set, 0.9, 600), tmp_path / "both.png", temperature)
+    temperature = np.log(9 * 90 / 10) / np.log(9 * 62 / 38)  # nine other classes share what is left of 90 and of 62 %
+    figure = utils.plot_reliability(test_set, confident(test_set, 0.9, 620), tmp_path / "both.png", temperature)
     _, *curves = figure.axes[0].lines
-    assert [list(curve.get_ydata()) for curve in curves] == [pytest.approx([60])] * 2
-    assert [list(curve.get_xdata()) for curve in curves] == [pytest.approx([90]), pytest.approx([60])]
-    assert "ECE 30.0 %" in curves[0].get_label() and "ECE 0.0 %" in curves[1].get_label()
+    assert [list(curve.get_ydata()) for curve in curves] == [pytest.approx([62])] * 2
+    assert [list(curve.get_xdata()) for curve in curves] == [pytest.approx([90]), pytest.approx([62])]
+    assert "ECE 28.0 %" in curves[0].get_label() and "ECE 0.0 %" in curves[1].get_label()
     assert len(figures["reliability"][0].axes[0].lines) == 2  # with the diagonal
     with pytest.raises(ValueError, match="^temperature is 0: choose a number above 0$"):
         utils.plot_reliability(test_set, confident(test_set, 0.9, 600), tmp_path / "none.png", 0)
