@@ -102,16 +102,17 @@ def gradients_of_the_middle(model: nn.Module, images: torch.Tensor, places: list
     magnitudes of the gradient, summed over channels and images.
     """
     totals = torch.zeros(len(places), *images.shape[2:])
-    for image in images.split(1):
-        image = image.requires_grad_()
-        with torch.enable_grad(), _evaluated(model), Tracer(model, max(places)) as tracer, contextlib.suppress(End):
-            tracer.follow(image)
-            model(image)
-        maps = [*tracer.maps, tracer.last]  # the last one is that after all operations
-        for total, place in zip(totals, places, strict=True):
-            height, width = maps[place].shape[2:]
-            middle = maps[place][..., height // 2, width // 2].sum()
-            total += torch.autograd.grad(middle, image, retain_graph=True)[0].abs().sum((0, 1))
+    with torch.enable_grad(), _evaluated(model):
+        for image in images.split(1):
+            image = image.requires_grad_()
+            with Tracer(model, max(places)) as tracer, contextlib.suppress(End):
+                tracer.follow(image)
+                model(image)
+            maps = [*tracer.maps, tracer.last]  # the last one is that after all operations
+            for total, place in zip(totals, places, strict=True):
+                height, width = maps[place].shape[2:]
+                middle = maps[place][..., height // 2, width // 2].sum()
+                total += torch.autograd.grad(middle, image, retain_graph=True)[0].abs().sum((0, 1))
     return totals
 
 

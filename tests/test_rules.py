@@ -533,6 +533,13 @@ def measured_field(network, side=192):
     return max(int(side.max() - side.min()) + 1 for side in sides)
 
 
+def test_gradients_are_those_of_float32_and_the_model_keeps_its_type():
+    network, images = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)), torch.rand(1, 3, 9, 9)
+    expected = gradients_of_the_middle(network, images, [1, 2])
+    assert torch.equal(gradients_of_the_middle(network.double(), images, [1, 2]), expected)
+    assert network[0].weight.dtype == torch.float64
+
+
 WITNESSED = ["ConvBlocks", "bonus", "circular_padding", "reflect_padding", "layer_norms", "max_pooled_blocks",
              "resnet_a", "resnet_b", "mobilenet_v2", "densenet", "convnext", "squeezenet", "shufflenet", "factorised",
              "pointwise_first", "stride_in_the_pointwise"]
