@@ -68,7 +68,7 @@ def main(names: list[str], output: Path = HERE / "ablations.json",
     Raises:
         ValueError: there is no row of that name.
     """
-    rows = json.loads(output.read_text()) if output.exists() else {}
+    rows = read(output)
     known = [name for recipes in RECIPES.values() for name in recipes]
     for name in names:
         require("row", name, f"one of {', '.join(dict.fromkeys(known))}", name in known)
@@ -76,8 +76,15 @@ def main(names: list[str], output: Path = HERE / "ablations.json",
         for name, recipe in recipes.items():
             if name not in (names or recipes.keys() - rows.get(table, {}).keys()):
                 continue
-            rows.setdefault(table, {})[name] = make_row(replace(recipe, folder=str(folder / table / name)))
+            row = make_row(replace(recipe, folder=str(folder / table / name)))
+            rows = read(output)  # another process may have added rows in the meantime
+            rows.setdefault(table, {})[name] = row
             write_file(output, (json.dumps(rows, indent=1) + "\n").encode())
+
+
+def read(output: Path) -> dict[str, dict[str, dict]]:
+    """Return the rows that are in the file, by table."""
+    return json.loads(output.read_text()) if output.exists() else {}
 
 
 def make_row(recipe: Recipe, build: Callable[[], nn.Module] | None = None) -> dict:
@@ -93,5 +100,5 @@ def make_row(recipe: Recipe, build: Callable[[], nn.Module] | None = None) -> di
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         sys.exit(f"ablations: {error}")

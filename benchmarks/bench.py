@@ -60,6 +60,7 @@ def main(arguments: list[str] | None = None) -> dict:
     results = {"hardware": hardware(device), "data": options.data, "date": date.today().isoformat(),
                "versions": versions(), "repeats": options.repeats, "seconds": options.seconds}
     print(f"{results['hardware']}, {options.data}, medians of {options.repeats}")
+    load_dataset("train", options.data)  # if the data are missing, it is said before anything is measured
     results["training step"] = training_step(options)
     results["whole runs, minutes"] = whole_runs(results["training step"], HERE / "quick.json")
     results["input pipeline"] = input_pipeline(options)
@@ -97,7 +98,7 @@ def serve_side(pipe, options, network, batch_size, recipe):
     device = pick_device() if recipe else options.device  # on a CPU, only ours keeps freed memory
     model = build_network(network).to(device)
     steps = our_steps(model, batch_size, recipe) if recipe else plain_steps(model, batch_size)
-    images = batch_size * (len(recipe.sizes) if recipe else 1)
+    images = batch_size * (len(set(recipe.sizes)) if recipe else 1)
     steps()
     pipe.send("ready")
     while request := pipe.recv():
@@ -120,8 +121,8 @@ def our_steps(model: torch.nn.Module, batch_size: int, recipe: Recipe) -> Callab
     if recipe.teacher:
         device = next(model.parameters()).device
         teacher = build_network("NetDilated").to(device, memory_format=torch.channels_last).eval()
-    epochs = [epoch for epoch in range(recipe.epochs)
-              if epoch == 0 or recipe.image_size(epoch) != recipe.image_size(epoch - 1)]
+    sizes = [recipe.image_size(epoch) for epoch in range(recipe.epochs)]
+    epochs = [sizes.index(size) for size in dict.fromkeys(recipe.sizes)]
     return lambda: [utils.train(model, [batch], recipe, epoch, optimizer, teacher=teacher) for epoch in epochs]
 
 
