@@ -172,6 +172,8 @@ class Checkpoint:
         if differences:
             raise ValueError(f"{self.path.parent} has the weights of another run ({differences}), which this one would "
                              f"replace: choose another folder, or move {self.path.stem}.* away")
+        if _saved_recipe(self.path):
+            print(f"{self.path.parent} has the weights of an earlier run of this recipe, which will be replaced")
         seed_everything(self.recipe.seed)
         self.loader.sampler.generator.manual_seed(self.recipe.seed)
         self.save()  # even the first epoch can be repeated
@@ -229,8 +231,8 @@ def _differences(there, here):
 
 
 def _difference(name, there, here):
-    """Say how a setting differs; of lists of lines, where they begin to."""
-    if isinstance(there, list) and isinstance(here, list):
+    """Say how a setting differs; of lists of lines, as of layers, where they begin to."""
+    if all(isinstance(lines, list) and all(isinstance(line, str) for line in lines) for lines in (there, here)):
         pairs = itertools.zip_longest(there, here, fillvalue="nothing")
         there, here = next((old, new) for old, new in pairs if old != new)
     return f"{name}: {there} there, {here} here"
@@ -306,7 +308,7 @@ def load(name: str, folder: str | Path = "weights") -> tuple[nn.Module, dict]:
     Raises:
         ValueError: the network is unknown, the folder is no path, or a file is damaged, or the weights are not those
             that the metrics tell of.
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or it may not be read.
     """
     require("folder", folder, "the path of a folder", isinstance(folder, (str, Path)))
     model, path = build_network(name), Path(folder) / f"{name}.pt"
@@ -314,6 +316,8 @@ def load(name: str, folder: str | Path = "weights") -> tuple[nn.Module, dict]:
         raise FileNotFoundError(f"{path} is not there: train {name} first, or take it from the repository")
     try:
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (PermissionError, MemoryError):
+        raise
     except Exception as error:
         raise ValueError(f"{path} is damaged or holds another network than {name} ({one_line(error)}): train it again, "
                          "or take it from the repository") from error
@@ -343,9 +347,14 @@ def load_teacher(recipe: Recipe, labels: list[int]) -> nn.Module:
     """Return the NetDilated saved in the folder `recipe.teacher`. `labels` are those of the student's training images.
 
     Raises:
-        ValueError: it was trained on other data, or perhaps on images that the student holds out.
+        ValueError: it was trained on other data, or perhaps on images that the student holds out; or see `load`.
+        FileNotFoundError: there is no teacher.
     """
-    teacher, metrics = load("NetDilated", recipe.teacher)
+    try:
+        teacher, metrics = load("NetDilated", recipe.teacher)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"teacher is {recipe.teacher!r}, which has no trained NetDilated: choose None, or "
+                                "train one (benchmarks/reproduce.md has the command)") from error
     data, held_out = metrics["recipe"]["data"], metrics["recipe"]["validation_size"]
     choose = f"teacher is {recipe.teacher!r}: choose None, or the folder of one"
     if data != recipe.data:

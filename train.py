@@ -1,6 +1,6 @@
 """The run of the notebook as a command: `python train.py --quick --seed 1 --folder weights/quick-1`.
 
-A teacher has to be there: `benchmarks/reproduce.md` has the command that trains ours.
+The headline run needs a teacher: `benchmarks/reproduce.md` has the command that trains ours.
 """
 import argparse
 import ast
@@ -27,9 +27,9 @@ from recipe import Recipe, make_optimizer, make_scheduler, seed_everything
 def run(recipe: Recipe, build: Callable[[], nn.Module] | None = None) -> tuple[nn.Module, dict]:
     """Train a network from scratch, save it with its metrics in the folder of the recipe, and return both.
 
-    A run that was interrupted goes on, and a finished one is loaded. `build` makes another network than the recipe's,
-    which `load` does not know.
-    With a `validation_size`, the metrics have the temperature that fits the validation images best.
+    A run whose checkpoint is there goes on, or is loaded if it was finished. `build` makes another network than the
+    recipe's, which `load` does not know. With a `validation_size`, the metrics have the temperature that fits the
+    validation images best.
 
     Raises:
         ValueError, RuntimeError, FloatingPointError: see `fit` and `load_dataset`.
@@ -57,7 +57,8 @@ def fit(model: nn.Module, recipe: Recipe, train_loader: DataLoader, test_loader:
     """Train the model as the loop of the notebook does, and return the history: see `Checkpoint`.
 
     Raises:
-        ValueError: the checkpoint in the folder is damaged or of another run.
+        ValueError: the checkpoint in the folder is damaged or of another run, the loader's order can't be restored, or
+            the run has fewer than three steps.
         RuntimeError: another process trains in this folder, or the GPU's memory is too small.
         FloatingPointError: the loss is no longer finite.
     """
@@ -101,13 +102,18 @@ def estimate(recipe: Recipe, images: int, device: torch.device, teacher: nn.Modu
 
 
 def announce(recipe: Recipe) -> str:
-    """Return in one line how long a run takes here, and how long the quick one, with the accuracy that it reached."""
+    """Return in one line how long a run takes here, and how long the quick one, with the accuracy that it reached.
+
+    Raises:
+        ValueError: the batch is larger than the training set; or see `load_dataset` and `load_teacher`.
+    """
     device = pick_device()
-    labels = load_dataset("train", recipe.data, recipe.validation_size).targets
-    teacher = recipe.teacher and load_teacher(recipe, labels)
+    train_set = load_dataset("train", recipe.data, recipe.validation_size)
+    make_loader(train_set, recipe.batch_size)  # which refuses a batch that is too large
+    teacher = recipe.teacher and load_teacher(recipe, train_set.targets)
     teacher = teacher and teacher.to(device, memory_format=torch.channels_last)
     quick = json.loads((Path(__file__).parent / "benchmarks" / "quick.json").read_text())
-    whole_run, quick_run = estimate(recipe, len(labels), device, teacher), estimate(Recipe.quick(), 50_000, device)
+    whole_run, quick_run = estimate(recipe, len(train_set), device, teacher), estimate(Recipe.quick(), 50_000, device)
     return (f"a whole run of {recipe.epochs} epochs: about {duration(whole_run)} of training steps on "
             f"{hardware(device)}; Recipe.quick() takes about {duration(quick_run)} and reaches "
             f"{quick['mean_test_accuracy']:.1f} % on CIFAR-10")

@@ -297,6 +297,7 @@ def another_layer(run):
 
 @pytest.mark.parametrize("changes, change, difference", [
     ({"max_lr": 0.2}, None, "max_lr: 0.1 there, 0.2 here"),
+    ({"sizes": (8, 32)}, None, r"sizes: \[16, 32\] there, \[8, 32\] here"),
     ({"optimizer": "SGD", "corruption": 0.1}, None,
      "optimizer: Muon there, SGD here; corruption: 0.2 there, 0.1 here"),
     ({"teacher": False}, None, "teacher: [0-9a-f]{64} there, None here"),
@@ -499,6 +500,13 @@ def test_a_run_saved_again_keeps_its_metrics_unless_a_file_is_harmed(tmp_path):
         assert equal(state(model), state(load("NetDilated", tmp_path)[0]))
     other = {**METRICS, "history": {**HISTORY, "seconds": [3.0, 5.0]}}
     assert save(model, other, tmp_path)["history"] == other["history"]
+
+
+def test_weights_that_cannot_be_read_are_not_taken_for_damaged_ones(tmp_path, monkeypatch):
+    save(NetDilated(), METRICS, tmp_path)
+    monkeypatch.setattr(checkpoint.torch, "load", lambda path, **options: open_nothing(path))
+    with pytest.raises(PermissionError, match="NetDilated.pt"):
+        load("NetDilated", tmp_path)
 
 
 def test_a_teacher_is_one_of_the_same_data(tmp_path):

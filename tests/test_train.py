@@ -72,6 +72,13 @@ def test_a_long_run_is_announced_in_one_line(monkeypatch):
                         r"takes about 17 min and reaches 8\d.\d % on CIFAR-10", line)
 
 
+def test_a_batch_that_is_too_large_is_refused_before_anything_is_timed(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "estimate", lambda *arguments: pytest.fail("it is timed"))
+    with pytest.raises(ValueError, match="^batch_size is 2001: choose 1 to 2000, the size of the data set$"):
+        train.announce(replace(SHORT, teacher=None, batch_size=2001))
+
+
 # ---------------------------------------------------------------- the whole experiment
 
 def test_a_held_out_run_is_measured_on_the_validation_images_and_saved(tmp_path):
@@ -100,7 +107,7 @@ def test_a_finished_run_is_loaded_with_its_metrics(tmp_path, monkeypatch):
 
 def test_a_run_learns_from_the_teacher_in_the_folder_that_its_recipe_names(tmp_path, monkeypatch):
     recipe, given = replace(SHORT, teacher=str(tmp_path / "teacher"), folder=str(tmp_path)), []
-    with pytest.raises(FileNotFoundError, match="teacher.NetDilated.pt is not there: train NetDilated first"):
+    with pytest.raises(FileNotFoundError, match="^teacher is .*teacher', which has no trained NetDilated: choose"):
         train.run(recipe)
     teacher, history = NetDilated(), {"test_accuracy": [10.0], "seconds": [1.0]}
     checkpoint.save(teacher, utils.run_metrics(teacher, SHORT, history, "sample"), recipe.teacher)
