@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.datasets.utils import check_integrity
 
-from checks import ALLOWED_SEEDS, is_number, is_seed, require
+from checks import ALLOWED_SEEDS, between, is_seed, require, whole
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images, by channel, 0 to 1
@@ -42,7 +42,7 @@ def train_transform(p: float = 0.5) -> A.Compose:
     Raises:
         ValueError: p is not a probability.
     """
-    require("augmentation", p, "a probability, 0 to 1", is_number(p) and 0 <= p <= 1)
+    require("augmentation", p, "a probability, 0 to 1", between(0, 1)(p))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="ShiftScaleRotate is a special case of Affine")  # the rules name it
         return A.Compose([
@@ -141,14 +141,14 @@ class CIFAR10(torchvision.datasets.CIFAR10):
         folder, archive = root / self.base_folder, root / self.filename
         cause = " ".join(str(error).split())
         for name, md5 in [*self.train_list, *self.test_list, [self.meta["filename"], self.meta["md5"]]]:
-            if folder.exists() and not _readable(folder / name, md5):
+            if os.path.exists(folder) and not _readable(folder / name, md5):
                 return (f"{folder / name} is missing or damaged ({cause}): remove {folder} and run again to download "
                         f"{self.title}, or unpack {self.filename} there again")
-        if archive.exists() and not check_integrity(archive, self.tgz_md5):
+        if os.path.exists(archive) and not check_integrity(archive, self.tgz_md5):
             return (f"{archive} is incomplete or damaged ({cause}): run again with a network, or fetch it from "
                     f"{self.url}")
-        existing = next(path for path in (root, *root.resolve().parents) if path.exists())
-        if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        existing = next(path for path in (root, *root.resolve().parents) if os.path.exists(path))
+        if not (os.path.isdir(existing) and os.access(existing, os.W_OK)):
             return f"{root} can't be written ({cause}): name another folder with CIFAR10_ROOT"
         return (f"{self.title} is not in {root} and could not be downloaded ({cause}): put {self.filename} from "
                 f"{self.url} into {root} and run again, or run `make demo`, which needs no download")
@@ -217,7 +217,7 @@ def load_dataset(split: str = "train", data: str = "CIFAR-10", validation_size: 
     if split == "test" or (split == "train" and not validation_size):
         return dataset
     require("validation_size", validation_size, f"1 to {len(dataset) - 1}, some of the training images",
-            type(validation_size) is int and 0 < validation_size < len(dataset))
+            whole(1, len(dataset) - 1)(validation_size))
     border = len(dataset) - validation_size
     part = slice(border) if split == "train" else slice(border, None)
     dataset.data, dataset.targets = dataset.data[part], dataset.targets[part]
@@ -245,9 +245,8 @@ def make_loader(dataset: Dataset, batch_size: int = 256, shuffle: bool = False, 
     require("seed", seed, ALLOWED_SEEDS, is_seed(seed))
     num_workers = min(CORES, 8) * shuffle if num_workers is None else num_workers
     require("batch_size", batch_size, f"1 to {len(dataset)}, the size of the data set",
-            type(batch_size) is int and 1 <= batch_size <= len(dataset))
-    require("num_workers", num_workers, f"0 to {CORES}, the number of cores",
-            type(num_workers) is int and 0 <= num_workers <= CORES)
+            whole(1, len(dataset))(batch_size))
+    require("num_workers", num_workers, f"0 to {CORES}, the number of cores", whole(0, CORES)(num_workers))
     order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if shuffle else None
     return _Loader(
         dataset, batch_size, sampler=order, num_workers=num_workers, collate_fn=_collate,

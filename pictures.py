@@ -9,7 +9,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from checkpoint import one_line
-from checks import positive, require
+from checks import positive, require, whole
 from dataset import CLASSES, normalise, test_transform
 from utils import BLUE, finish_figure, show_image
 
@@ -101,8 +101,7 @@ def classify(model: nn.Module, sources: Source | list[Source], count: int = 5, t
     """
     require("model", type(model).__name__, "a network: the first of the pair that load returns",
             isinstance(model, nn.Module))
-    require("count", count, f"1 to {len(classes)}, the number of classes",
-            type(count) is int and 1 <= count <= len(classes))
+    require("count", count, f"1 to {len(classes)}, the number of classes", whole(1, len(classes))(count))
     require("temperature", temperature, "a number above 0", positive(temperature))
     if not isinstance(sources, list):
         return classify(model, [sources], count, temperature, classes)[0]

@@ -401,7 +401,7 @@ def test_an_archive_put_there_by_hand_is_unpacked(cifar10_files, no_network, mon
     assert len(load_dataset("train", root=cifar10_files.parent)) == 50
 
 
-@pytest.mark.parametrize("obstacle", ["a file in its place", "a read-only folder"])
+@pytest.mark.parametrize("obstacle", ["a file in its place", "a read-only folder", "a folder that can't be searched"])
 def test_a_folder_that_cannot_be_written_is_named(obstacle, tmp_path, no_network, monkeypatch):
     root = tmp_path / "data"
     if obstacle == "a file in its place":
@@ -409,6 +409,8 @@ def test_a_folder_that_cannot_be_written_is_named(obstacle, tmp_path, no_network
     else:
         root.mkdir()
         monkeypatch.setattr(dataset.os, "access", lambda path, mode: Path(path) != root)
+    if obstacle == "a folder that can't be searched":  # Path.exists raises then, before Python 3.12
+        monkeypatch.setattr(Path, "exists", lambda path: os.stat("/dev/null/x"))
     with pytest.raises(RuntimeError, match=f"^{root} can't be written .*: name another folder with CIFAR10_ROOT$"):
         load_dataset("train", root=root)
 
