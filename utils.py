@@ -145,7 +145,7 @@ def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temper
 def predict(model: nn.Module, loader: Iterable) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the (N, classes) logits and the (N,) labels of a whole loader, on the CPU, without mixed precision.
 
-    The model is left in evaluation mode.
+    The model is left in evaluation mode. On a GPU, PyTorch's default lets convolutions round their inputs to TF32.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -162,14 +162,18 @@ def test(model: nn.Module, loader: Iterable) -> tuple[float, float]:
 
 
 def loss_and_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    """Return the mean cross entropy and the accuracy in percent of (N, classes) logits."""
+    """Return the mean cross entropy and the accuracy in percent of (N, classes) logits, given the (N,) labels."""
     return F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).double().mean().item()
 
 
 # ---------------------------------------------------------------- metrics
 
 def run_metrics(model: nn.Module, recipe: Recipe, history: dict[str, list[float]], data: str) -> dict:
-    """Return what is known of a finished run, for `checkpoint.save`. `data` is the title of the data set."""
+    """Return what is known of a finished run, for `checkpoint.save`. `data` is the title of the data set.
+
+    `macs` are of one image, `seconds` of all epochs with their tests. The losses and accuracies (in percent) are those
+    of the last epoch, `history` has all, and `recipe` the settings that affect the result.
+    """
     last = {column: values[-1] for column, values in history.items() if column != "seconds"}
     return {
         "network": type(model).__name__, "data": data, "parameters": count_parameters(model),
@@ -262,7 +266,7 @@ def comparison_table(all_metrics: list[dict]) -> str:
 
 def plot_augmentations(dataset: CIFAR10, path: str | Path, rows: int = 5, columns: int = 10) -> plt.Figure:
     """Draw training images (first row), and augmented versions of each below it; save to `path`, return the figure."""
-    figure, axes = plt.subplots(rows, columns, figsize=(10, 1.05 * rows + 0.6), layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=(10, 1.05 * rows + 0.6), layout="constrained", squeeze=False)
     for line, index in zip(axes.T, np.linspace(0, len(dataset) - 1, columns, dtype=int).tolist(), strict=True):
         augmented = dataset.__getitems__([index] * (rows - 1))
         label = augmented[0][1]
@@ -334,7 +338,7 @@ def plot_misclassified(dataset: CIFAR10, logits: torch.Tensor, path: str | Path,
     wrong = (predicted != labels).nonzero().flatten()
     if most_confident:
         wrong = wrong[confidence[wrong].argsort(descending=True)]
-    figure, axes = plt.subplots(rows, columns, figsize=(10, 1.6 * rows + 0.4), layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=(10, 1.6 * rows + 0.4), layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, index in zip(axes.flat, wrong.tolist(), strict=False):
@@ -410,7 +414,6 @@ def plot_receptive_field(model: nn.Module, dataset: CIFAR10, path: str | Path, m
     images = normalise(dataset.data[:16 * mosaics]).reshape(mosaics, 4, 4, 3, 32, 32)
     images = images.permute(0, 3, 1, 4, 2, 5).reshape(mosaics, 3, 128, 128)
     units = convolution_units(operations)
-    model = copy.deepcopy(model).cpu()
     figure, axes = plt.subplots(2, -(-len(units) // 2), figsize=(10, 4.4), layout="constrained")
     half = 0.6 * units[-1][-1].receptive_field
     weights = gradients_of_the_middle(model, images, [operations.index(unit[-1]) + 1 for unit in units])
@@ -459,8 +462,8 @@ def plot_kernels(layers: dict[str, nn.Module], path: str | Path) -> plt.Figure:
 
     Save to `path`, return the figure.
     """
-    figure, axes = plt.subplots(1, len(layers), figsize=(3 * len(layers), 3.2), layout="constrained")
-    for axis, (title, layer) in zip(axes, layers.items(), strict=True):
+    figure, axes = plt.subplots(1, len(layers), figsize=(3 * len(layers), 3.2), layout="constrained", squeeze=False)
+    for axis, (title, layer) in zip(axes.flat, layers.items(), strict=True):
         x = torch.zeros(1, layer.in_channels, 9, 9, requires_grad=True)
         with torch.enable_grad():
             copy.deepcopy(layer).cpu()(x)[0, :, 4, 4].sum().backward()

@@ -71,8 +71,8 @@ def test_loss_and_accuracy_are_means_over_samples_not_over_batches():
     expected = F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).double().mean().item()
     assert utils.test(model, loader) == pytest.approx(expected, rel=1e-5)
     still = torch.optim.SGD(model.parameters(), lr=0)
-    trained = utils.train(model, loader, Recipe(sizes=(32,)), 0, still)
-    assert trained == pytest.approx(expected, rel=0.02) and all(type(value) is float for value in trained)
+    trained = utils.train(model, loader, Recipe(sizes=(32,), corruption=0), 0, still)
+    assert trained == pytest.approx(expected, rel=0.005) and all(type(value) is float for value in trained)
 
 
 def test_a_test_does_not_change_the_model(learned):
@@ -403,6 +403,14 @@ def figures(root, test_set, tmp_path_factory):
     folder, train_set = tmp_path_factory.mktemp("figures"), load_dataset("train", "sample", root=root)
     paths = {name: folder / "img" / f"{name}.png" for name in PLOTS}
     return {name: (plot(train_set, test_set, paths[name]), paths[name]) for name, plot in PLOTS.items()}
+
+
+def test_a_plot_may_have_one_image_only(root, test_set, tmp_path):
+    layer, train_set = NetDilated().C3[0][0][1], load_dataset("train", "sample", root=root)
+    for figure in (utils.plot_augmentations(train_set, tmp_path / "1.png", columns=1),
+                   utils.plot_misclassified(test_set, confident(test_set, 0.9, 600), tmp_path / "2.png", 1, 1),
+                   utils.plot_kernels({"plain": layer}, tmp_path / "3.png")):
+        assert figure.axes[0].images
 
 
 @pytest.mark.parametrize("name", PLOTS)
