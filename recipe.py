@@ -51,7 +51,7 @@ class Recipe:
         lambda value: (isinstance(value, tuple) and len(value) == 2
                        and all(positive(each) and each < 1 for each in value)))
     weight_decay: float = setting(
-        5e-4, "weight decay of the weights that Muon leaves to SGD; none of norms and biases",
+        5e-4, "weight decay; with Muon, only of the weights that it leaves to SGD; none of norms and biases",
         "a number, 0 or more", between(0))
     augmentation: float = setting(0.5, "the probability of shift-scale-rotate, and of coarse dropout",
                                   "a probability, 0 to 1", between(0, 1))
