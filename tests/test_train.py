@@ -5,7 +5,6 @@ import runpy
 import signal
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -153,7 +152,7 @@ def test_an_argument_is_a_number_none_a_list_or_the_text_itself(text, value):
     (["--epochs", "0"], "epochs is 0: choose a whole number, 1 to 100000"),
     (["--network", "ResNet"], "network is 'ResNet': choose one of NetDilated"),
     ([*TINY, "--batch-size", "9999"], "batch_size is 9999: choose 1 to 2000, the size of the data set"),
-    ([*TINY, "--teacher", "nowhere"], f"{Path('nowhere', 'NetDilated.pt')} is not there: train NetDilated first"),
+    ([*TINY, "--teacher", "nowhere"], "teacher is 'nowhere', which has no trained NetDilated: choose None"),
     ([*TINY, "--max-lr", "1e30"], "epoch 1: the training loss is "),
 ], ids=["setting", "text", "data", "file", "loss"])
 def test_what_cannot_be_done_is_one_line(arguments, message, tmp_path):
