@@ -168,11 +168,12 @@ class Checkpoint:
         if getattr(self.parts.get("scheduler"), "last_epoch", 0):
             raise ValueError(f"{self.path} has no epoch of this run, but the network has begun to train: make the "
                              "network, its optimizer and its schedule anew (in the notebook, run their cell)")
-        differences = _differences(_saved_recipe(self.path), self.recipe.to_json())
+        saved = _saved_recipe(self.path)
+        differences = _differences(saved, self.recipe.to_json())
         if differences:
             raise ValueError(f"{self.path.parent} has the weights of another run ({differences}), which this one would "
                              f"replace: choose another folder, or move {self.path.stem}.* away")
-        if _saved_recipe(self.path):
+        if saved:
             print(f"{self.path.parent} has the weights of an earlier run of this recipe, which will be replaced")
         seed_everything(self.recipe.seed)
         self.loader.sampler.generator.manual_seed(self.recipe.seed)
@@ -353,8 +354,8 @@ def load_teacher(recipe: Recipe, labels: list[int]) -> nn.Module:
     try:
         teacher, metrics = load("NetDilated", recipe.teacher)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"teacher is {recipe.teacher!r}, which has no trained NetDilated: choose None, or "
-                                "train one (benchmarks/reproduce.md has the command)") from error
+        raise FileNotFoundError(f"teacher is {recipe.teacher!r}, which lacks NetDilated.pt or NetDilated.json: choose "
+                                "None, or train one (benchmarks/reproduce.md has the command)") from error
     data, held_out = metrics["recipe"]["data"], metrics["recipe"]["validation_size"]
     choose = f"teacher is {recipe.teacher!r}: choose None, or the folder of one"
     if data != recipe.data:

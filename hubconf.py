@@ -14,8 +14,8 @@ def net_dilated(pretrained: bool = False) -> NetDilated:
     0.2435, 0.2616), as of `dataset.normalise`. With `pretrained` it has the weights of the committed run, in
     evaluation mode; weights/NetDilated.json has their accuracy.
 
-    A program that has modules of the names model, dataset, recipe, checkpoint or checks of its own can't import
-    them beside these.
+    Modules called model, dataset, recipe, checkpoint and checks are imported, so a program can't use others of the same
+    name beside them.
 
     Raises:
         ValueError: the file of the weights is not the one that was committed. FileNotFoundError: there is none.

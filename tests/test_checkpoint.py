@@ -322,7 +322,7 @@ def test_a_checkpoint_without_an_epoch_gives_way_to_another_recipe(root, tmp_pat
     assert len(Run(root, tmp_path, epochs=2).fit()["seconds"]) == 2
 
 
-def test_the_weights_of_another_run_are_not_replaced(root, tmp_path):
+def test_the_weights_of_another_run_are_not_replaced(root, tmp_path, capsys):
     run = Run(root, tmp_path, max_lr=0.2)
     (tmp_path / "Tiny.json").write_text(json.dumps({"sha256": "", "history": {}, "recipe": SHORT.to_json()}))
     message = (f"{tmp_path} has the weights of another run (max_lr: 0.1 there, 0.2 here), which this one would "
@@ -330,6 +330,8 @@ def test_the_weights_of_another_run_are_not_replaced(root, tmp_path):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         run.fit()
     assert not run.path.exists() and len(Run(root, tmp_path).fit()["seconds"]) == SHORT.epochs
+    assert f"{tmp_path} has the weights of an earlier run of this recipe, which will be replaced\n" in \
+        capsys.readouterr().out
 
 
 def test_a_new_run_does_not_depend_on_what_was_drawn_before(root, tmp_path, finished):

@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from unittest.mock import Mock
 
 import albumentations as A
 import numpy as np
@@ -410,7 +411,7 @@ def test_a_folder_that_cannot_be_written_is_named(obstacle, tmp_path, no_network
         root.mkdir()
         monkeypatch.setattr(dataset.os, "access", lambda path, mode: Path(path) != root)
     if obstacle == "a folder that can't be searched":  # Path.exists raises then, before Python 3.12
-        monkeypatch.setattr(Path, "exists", lambda path: os.stat("/dev/null/x"))
+        monkeypatch.setattr(Path, "exists", Mock(side_effect=PermissionError))
     with pytest.raises(RuntimeError, match=f"^{root} can't be written .*: name another folder with CIFAR10_ROOT$"):
         load_dataset("train", root=root)
 

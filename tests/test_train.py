@@ -106,7 +106,7 @@ def test_a_finished_run_is_loaded_with_its_metrics(tmp_path, monkeypatch):
 
 def test_a_run_learns_from_the_teacher_in_the_folder_that_its_recipe_names(tmp_path, monkeypatch):
     recipe, given = replace(SHORT, teacher=str(tmp_path / "teacher"), folder=str(tmp_path)), []
-    with pytest.raises(FileNotFoundError, match="^teacher is .*teacher', which has no trained NetDilated: choose"):
+    with pytest.raises(FileNotFoundError, match="^teacher is .*teacher', which lacks NetDilated.pt or NetDilated.json"):
         train.run(recipe)
     teacher, history = NetDilated(), {"test_accuracy": [10.0], "seconds": [1.0]}
     checkpoint.save(teacher, utils.run_metrics(teacher, SHORT, history, "sample"), recipe.teacher)
@@ -152,7 +152,7 @@ def test_an_argument_is_a_number_none_a_list_or_the_text_itself(text, value):
     (["--epochs", "0"], "epochs is 0: choose a whole number, 1 to 100000"),
     (["--network", "ResNet"], "network is 'ResNet': choose one of NetDilated"),
     ([*TINY, "--batch-size", "9999"], "batch_size is 9999: choose 1 to 2000, the size of the data set"),
-    ([*TINY, "--teacher", "nowhere"], "teacher is 'nowhere', which has no trained NetDilated: choose None"),
+    ([*TINY, "--teacher", "nowhere"], "teacher is 'nowhere', which lacks NetDilated.pt or NetDilated.json: choose"),
     ([*TINY, "--max-lr", "1e30"], "epoch 1: the training loss is "),
 ], ids=["setting", "text", "data", "file", "loss"])
 def test_what_cannot_be_done_is_one_line(arguments, message, tmp_path):
