@@ -55,13 +55,14 @@ def make_scaler(device: torch.device) -> torch.amp.GradScaler:
 
 
 def hardware(device: torch.device) -> str:
-    """Return the name of the device, and of a CPU the number of threads as well."""
+    """Return the name of the device, and of a CPU the number of threads and the precision as well."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return f"GPU of {platform.machine()}"
     names = [line.split(":")[1].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads, {'bf16' if mixed_precision(device) else 'fp32'}"
 
 
 @functools.cache
