@@ -22,8 +22,9 @@ def conv(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int 
 
 def depthwise_separable(in_channels: int, out_channels: int, padding: int = 1,
                         pointwise_padding: int = 0) -> nn.Sequential:
-    """Return a depthwise-separable convolution: 3x3 depthwise, then pointwise (1x1).
+    """Return a depthwise-separable convolution, 3x3 depthwise, then pointwise (1x1).
 
+    (N, in_channels, H, W) to (N, out_channels, H', W'), where H' is H + 2 (padding - 1) + 2 pointwise_padding.
     Padding above 1 is a layer of its own: in bf16 on a CPU, only the usual padding has a fast backward pass. Howard et
     al., MobileNets, https://arxiv.org/abs/1704.04861.
     """
@@ -43,7 +44,8 @@ class MirrorConv2d(nn.Module):
     `weight`, (out_channels / 2, in_channels, k, k), makes the first half. With the halves [A B] of its input channels,
     the whole kernel is [[A B], [B' A']], where A' is A flipped. With `lifting`, the input is an image, whose channels
     are no pairs, and the kernel is [A, A']. The padding is (k - 1) // 2, and there is no bias. The positions of the
-    kernel must be symmetric: k is odd with stride 1, or it is 4 with stride 2 and the width is even.
+    kernel must be symmetric: k is odd with stride 1, or it is 4 with stride 2 and the width is even. Others run, too,
+    but are not equivariant.
 
     Raises:
         ValueError: a number of channels is odd.
@@ -71,7 +73,8 @@ class MirrorConv2d(nn.Module):
 class MirrorDepthwise(nn.Module):
     """A flip-equivariant depthwise convolution, (N, channels, H, W) to (N, channels, H', W'): see `MirrorConv2d`.
 
-    `weight`, (channels / 2, 1, k, k), makes the first half of the channels; flipped, it makes the second half.
+    `weight`, (channels / 2, 1, k, k), makes the first half of the channels; flipped, it makes the second half. A
+    ValueError says that the number of channels is odd.
     """
 
     def __init__(self, channels: int, kernel_size: int = 3, stride: int = 1, dilation: int = 1):
@@ -167,7 +170,8 @@ class MirrorMean(nn.Module):
 class ConvBNAct(nn.Sequential):
     """A convolution (a separable one counts as one), batch norm and SiLU, (N, C, H, W) to (N, channels, H', W').
 
-    Where their shapes agree, there is a residual connection: the input is added after the activation.
+    Where their shapes agree, there is a residual connection: the input is added after the activation. A ValueError says
+    that `channels` is odd.
     """
 
     def __init__(self, convolution: nn.Module, channels: int):

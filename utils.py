@@ -36,12 +36,12 @@ from recipe import Recipe, make_scheduler
 
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"  # Okabe and Ito: safe for all eyes
 BLUE, ORANGE = COLOURS[:2]
-CORRUPTIONS = {  # of test images, at five severities; JPEG and brightness are not in training, see `corrupt`
+CORRUPTIONS = {  # of test images, at five severities; JPEG and more brightness are not in training, see `corrupt`
     "noise": [A.GaussNoise((strength, strength), p=1) for strength in (0.02, 0.04, 0.06, 0.08, 0.1)],
     "blur": [A.GaussianBlur(0, (sigma, sigma), p=1) for sigma in (0.4, 0.6, 0.8, 1, 1.2)],
     "JPEG": [A.ImageCompression("jpeg", (quality, quality), p=1) for quality in (80, 65, 50, 35, 20)],
     "brightness": [A.RandomBrightnessContrast((more, more), 0, p=1) for more in (0.1, 0.2, 0.3, 0.4, 0.5)],
-    "contrast": [A.RandomBrightnessContrast(0, (-less, -less), p=1) for less in (0.2, 0.35, 0.5, 0.65, 0.8)],
+    "darkness": [A.MultiplicativeNoise((factor, factor), p=1) for factor in (0.8, 0.65, 0.5, 0.35, 0.2)],
 }
 PUBLISHED = {  # epochs and test accuracy in percent, as the published answers state them
     "PublishedDilated": ("fewer than 175", "more than 85"),
@@ -113,8 +113,9 @@ def corrupt(images: torch.Tensor, probability: float) -> torch.Tensor:
 
     Each of them has a random strength from 0 to 1. Gaussian noise has a standard deviation of 0.1 times the strength
     squared, as a share of the range of pixels, so it is mostly weak. Blur is between the image (strength 0) and its
-    Gaussian blur of 1.2 pixels (1). Low contrast is a mix of the image with one random grey, at most 80 % of it.
-    Values are not clipped.
+    Gaussian blur of 1.2 pixels (1). Low contrast is a mix of the image with one random grey from black to white, at
+    most 80 % of it. Values are not clipped. The strongest noise and blur, and the strongest mix with black, are those
+    of severity 5 in `CORRUPTIONS`.
     """
     if not probability:
         return images
@@ -400,6 +401,18 @@ def plot_corruptions(accuracies: dict[str, list[float]], path: str | Path, data:
              title=f"Accuracy on corrupted {data}")
     axis.grid(alpha=0.3)
     axis.legend()
+    return finish_figure(figure, path)
+
+
+def plot_corrupted_images(dataset: CIFAR10, path: str | Path) -> plt.Figure:
+    """Draw an image of the data set for each kind in `CORRUPTIONS`, clean and corrupted; save to `path`, return it."""
+    figure, axes = plt.subplots(len(CORRUPTIONS), 6, figsize=(8, 6.8), layout="constrained")
+    for line, image, (name, transforms) in zip(axes, dataset.data, CORRUPTIONS.items(), strict=False):
+        corrupted = [A.Compose([transform], seed=0)(image=image)["image"] for transform in transforms]
+        for severity, (axis, each) in enumerate(zip(line, [image, *corrupted], strict=True)):
+            show_image(axis, each)
+            axis.set_title(f"{name} {severity}" if severity else "clean", fontsize=10)
+    figure.suptitle(f"{dataset.title}: test images and their corruptions of severity 1 to 5")
     return finish_figure(figure, path)
 
 

@@ -345,6 +345,19 @@ def test_corruptions_harm_more_with_their_severity(test_set):
         assert len(harm) == 5 and 0 < harm[0] and (np.diff(harm) > 0).all(), name
 
 
+def test_each_corruption_does_what_its_name_says(test_set):
+    """The images are rounded to whole values, and JPEG and blur keep the mean."""
+    image = test_set.data[0].astype(float)
+    noise, blur, jpeg, brighter, darker = (A.Compose([transforms[4]], seed=0)(image=test_set.data[0])["image"] - image
+                                           for transforms in utils.CORRUPTIONS.values())
+    inside = (image > 80) & (image < 175)  # values that strong noise rarely takes out of the range
+    assert noise[inside].std() == pytest.approx(25.5, rel=0.05) and abs(noise[inside].mean()) < 2
+    assert np.abs(np.diff(image + blur, axis=1)).mean() < 0.7 * np.abs(np.diff(image, axis=1)).mean()
+    assert abs(blur.mean()) < 1 and abs(jpeg.mean()) < 2 and jpeg.std() > 3
+    assert brighter == pytest.approx(np.minimum(image + 127.5, 255) - image, abs=1)
+    assert darker == pytest.approx(0.2 * image - image, abs=1)
+
+
 @pytest.mark.parametrize("split", [False, True])
 def test_accuracy_under_corruptions_is_of_corrupted_images(split, test_set, root):
     dataset = load_dataset("validation", "sample", 400, root=root) if split else test_set
@@ -388,6 +401,7 @@ PLOTS = {  # of the training set, the test set and the path
     "confusion": lambda train, test, path: utils.plot_confusion(test, confident(test, 0.9, 600), path),
     "reliability": lambda train, test, path: utils.plot_reliability(test, confident(test, 0.9, 600), path),
     "corruptions": lambda train, test, path: utils.plot_corruptions(ACCURACIES, path, test.title),
+    "corrupted images": lambda train, test, path: utils.plot_corrupted_images(test, path),
     "schedule": lambda train, test, path: utils.plot_schedule(CURVES, path),
     "receptive field": lambda train, test, path: utils.plot_receptive_field(NetDilated(), test, path, 1),
     "kernels": lambda train, test, path: utils.plot_kernels(
