@@ -19,6 +19,8 @@ lint: .venv/installed  ## ruff, with the rules in pyproject.toml
 	$(RUN) -m ruff check .
 
 train: .venv/installed  ## execute the notebook for real: refreshes its outputs, img/ and weights/
+	@$(RUN) -c "from train import Recipe, announce; print(announce(Recipe()))"
+	@echo "The notebook shows its outputs at the end. To see each epoch, stop this and start python train.py"
 	$(EXECUTE) --inplace S9.ipynb
 
 quick: .venv/installed  ## 85 % in a few minutes
