@@ -184,13 +184,13 @@ class ConvBNAct(nn.Sequential):
 
 def standard(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1,
              lifting: bool = False) -> ConvBNAct:
-    """Return a unit with a standard convolution of mirrored pairs; the arguments are those of `MirrorConv2d`."""
+    """Return a `ConvBNAct` with a standard convolution of mirrored pairs; the arguments are those of `MirrorConv2d`."""
     return ConvBNAct(MirrorConv2d(in_channels, out_channels, kernel_size, stride, lifting), out_channels)
 
 
 def separable(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1,
               dilation: int = 1) -> ConvBNAct:
-    """Return a unit with a separable convolution of mirrored pairs: pointwise (1x1) first, then depthwise.
+    """Return a `ConvBNAct` with a separable convolution of mirrored pairs: pointwise (1x1) first, then depthwise.
 
     That order is a blueprint separable convolution (BSConv-U): Haase and Amthor, Rethinking depthwise separable
     convolutions, https://arxiv.org/abs/2003.13549.

@@ -177,7 +177,7 @@ class Muon(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self):
-        """Update all parameters that have a gradient."""
+        """Update all parameters that have a gradient. There is no `closure`."""
         for group in self.param_groups:
             parameters = [each for each in group["params"] if group.get("orthogonal") and each.grad is not None]
             for shape in {each.shape for each in parameters}:

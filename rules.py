@@ -32,7 +32,7 @@ HOLDS, BROKEN, UNDECIDED = "holds", "BROKEN", "undecided"
 
 
 class Row(NamedTuple):
-    """A rule, what was measured, and the verdict: holds, BROKEN or undecided."""
+    """A rule, what was measured, and the verdict: holds, BROKEN, or undecided, where what was measured says why."""
 
     rule: str
     measured: str

@@ -44,7 +44,6 @@ RECIPES = {  # table -> row -> recipe
     },
     "30 epochs": {
         "NetDilated": replace(PLAIN, epochs=30),
-        "batch size 128": replace(PLAIN, epochs=30, batch_size=128),
         "max_lr 0.45": replace(PLAIN, epochs=30, max_lr=0.45),
         "corruption 0.2": replace(PLAIN, epochs=30, corruption=0.2),
     },
@@ -76,6 +75,7 @@ def main(names: list[str], output: Path = HERE / "ablations.json",
         for name, recipe in recipes.items():
             if name not in (names or recipes.keys() - rows.get(table, {}).keys()):
                 continue
+            print(f"\n{table}: {name}")
             row = make_row(replace(recipe, folder=str(folder / table / name)))
             rows = read(output)  # another process may have added rows in the meantime
             rows.setdefault(table, {})[name] = row

@@ -82,7 +82,8 @@ def results() -> str:
         published = f"{PUBLISHED[name][1]} in {PUBLISHED[name][0]} epochs" if name in PUBLISHED else ""
         rows.append((name, f"{metrics['parameters']:,}", f"{metrics['macs'] / 1e6:.1f}",
                      str(metrics["recipe"]["epochs"]), f"{metrics['test_accuracy']:.2f}", published))
-    return markdown_table(("network", "parameters:", "MACs, M:", "epochs:", "test accuracy %:", "as published %"), rows)
+    head = ("network", "parameters:", "MACs, M:", "epochs:", "test accuracy %:", "published result, %")
+    return markdown_table(head, rows)
 
 
 def seeds() -> str:
@@ -148,8 +149,8 @@ def other_measurements() -> str:
     return markdown_table(("measured", "value:"), [
         ("hardware", measured["hardware"]), ("torch", measured["versions"]["torch"]), ("date", measured["date"]),
         ("the loop waits for data", f"{measured['waiting for data, %']:.1f} % of its time"),
-        (f"testing {evaluation['images']:,} images", f"{evaluation['median']:.1f} s"),
-        ("arithmetic of the training step, in % of a large matrix product's rate",
+        (f"evaluating {evaluation['images']:,} images", f"{evaluation['median']:.1f} s"),
+        ("FLOP/s of the training step, in % of those of a large matrix product",
          f"{rate['share']:.0%} ({rate['training step']:.0f} of {rate['matrix product']:.0f} GFLOP/s)")])
 
 
