@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import nn
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
@@ -323,6 +324,9 @@ def _plot_curves(history, name, unit, path, recipe, data):
                       transform=axis.get_xaxis_transform())
     axis.set(xlabel="epoch", ylabel=unit, title=f"{name.capitalize()} on {data}")
     axis.xaxis.get_major_locator().set_params(integer=True)
+    if name == "loss":
+        axis.set_yscale("log")
+        axis.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
     axis.grid(alpha=0.3)
     axis.legend()
     return finish_figure(figure, path)
@@ -347,8 +351,9 @@ def plot_misclassified(dataset: CIFAR10, logits: torch.Tensor, path: str | Path,
         axis.set_title(f"{dataset.classes[predicted[index]]} {confidence[index]:.1%}", fontsize=9, color=ORANGE, pad=3)
         axis.text(0.5, -0.04, f"is {dataset.classes[labels[index]]}", fontsize=9, color=BLUE, ha="center", va="top",
                   transform=axis.transAxes)
-    figure.suptitle(f"{dataset.title}: {len(wrong):,} of {len(labels):,} test images are misclassified; the "
-                    f"{'most confident' if most_confident else 'first'} of them")
+    shown = min(len(wrong), rows * columns)
+    figure.suptitle(f"{dataset.title}: {len(wrong):,} of {len(labels):,} test images are misclassified; "
+                    f"{f'the {shown} most confident' if most_confident else f'the first {shown}'} of them")
     return finish_figure(figure, path)
 
 
@@ -363,13 +368,13 @@ def plot_confusion(dataset: CIFAR10, logits: torch.Tensor, path: str | Path) -> 
                   fontweight="bold" if row == column else "normal")
     axis.set_xticks(range(classes), dataset.classes, rotation=45, ha="right")
     axis.set_yticks(range(classes), dataset.classes)
-    axis.set(xlabel="predicted", ylabel="true", title=f"{dataset.title}: of each true class, % predicted as")
+    axis.set(xlabel="predicted", ylabel="true", title=f"{dataset.title}: confusion matrix, % of each true class")
     return finish_figure(figure, path)
 
 
 def plot_reliability(dataset: CIFAR10, logits: torch.Tensor, path: str | Path, temperature: float = 1.0,
                      bins: int = 15) -> plt.Figure:
-    """Draw the reliability diagram of (N, classes) logits: accuracy over confidence, in bins of equal width.
+    """Draw the reliability diagram of (N, classes) logits: accuracy against confidence, in bins of equal width.
 
     The logits are drawn as they are and, if that is not 1, divided by the temperature, each with its calibration error.
     Save to `path`, return the figure.
@@ -387,7 +392,7 @@ def plot_reliability(dataset: CIFAR10, logits: torch.Tensor, path: str | Path, t
         axis.plot(mean, accuracy, color=colour, marker=marker, linewidth=1,
                   label=f"temperature {divisor:.3g}: ECE {error:.1f} %")
     axis.set(xlabel="confidence, %", ylabel="accuracy of the images in a bin, %", xlim=(0, 100), ylim=(0, 103),
-             title=f"{dataset.title}: accuracy over confidence")
+             title=f"{dataset.title}: reliability diagram")
     axis.legend(loc="upper left")
     return finish_figure(figure, path)
 
@@ -466,7 +471,7 @@ def plot_mirror(model: nn.Module, kernel: torch.Tensor, dataset: CIFAR10, path: 
     axes[4].set_xticks(range(len(dataset.classes)), dataset.classes, rotation=90, fontsize=8)
     axes[4].set_title("logits", fontsize=10)
     axes[4].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle(f"{dataset.title}: a mirrored pair of kernels, and the logits of a mirrored image")
+    figure.suptitle(f"A kernel and an image of {dataset.title}, their mirror images, and the logits of both images")
     return finish_figure(figure, path)
 
 
