@@ -352,8 +352,9 @@ def plot_misclassified(dataset: CIFAR10, logits: torch.Tensor, path: str | Path,
         axis.text(0.5, -0.04, f"is {dataset.classes[labels[index]]}", fontsize=9, color=BLUE, ha="center", va="top",
                   transform=axis.transAxes)
     shown = min(len(wrong), rows * columns)
+    which = f"the {shown} most confident" if most_confident else f"the first {shown}"
     figure.suptitle(f"{dataset.title}: {len(wrong):,} of {len(labels):,} test images are misclassified; "
-                    f"{f'the {shown} most confident' if most_confident else f'the first {shown}'} of them")
+                    f"{which} of them")
     return finish_figure(figure, path)
 
 
