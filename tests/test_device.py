@@ -46,6 +46,8 @@ def test_mps_trains_in_fp32_and_only_fp16_has_scaled_gradients():
 def test_hardware_is_the_name_that_linux_has_for_the_processor_or_that_of_its_kind(monkeypatch):
     monkeypatch.setattr(device, "_cpuinfo", lambda: "processor\t: 0\nmodel name\t: Zen 9\nmodel name\t: Zen 9\n")
     assert hardware(CPU) == f"Zen 9, {torch.get_num_threads()} threads, fp32"
+    monkeypatch.setattr(device, "mixed_precision", lambda device: torch.bfloat16)
+    assert hardware(CPU).endswith(" threads, bf16")
     monkeypatch.setattr(device, "_cpuinfo", lambda: "")
     monkeypatch.setattr(platform, "processor", lambda: "")
     assert hardware(CPU).startswith(f"{platform.machine()}, ")

@@ -145,6 +145,15 @@ def test_a_table_that_is_not_up_to_date_is_noticed():
     assert stale != text and tables.updated(stale) == text
 
 
+def test_an_unknown_table_and_a_run_without_corruptions_are_named(monkeypatch):
+    with pytest.raises(ValueError, match="^name of a table is 'resluts': choose one of headline, results, "):
+        tables.updated("<!-- resluts -->\n<!-- end -->")
+    run = {key: value for key, value in tables.runs()[0].items() if key != "accuracy_under_corruptions"}
+    monkeypatch.setattr(tables, "runs", lambda: [run])
+    with pytest.raises(ValueError, match="^weights/NetDilated.json has no accuracy_under_corruptions: `make train`"):
+        tables.headline()
+
+
 def test_the_charts_show_every_row(tmp_path):
     names = [label.get_text().replace("\n", " ")
              for label in tables.plot_ablations(tmp_path / "ablations.png").axes[0].get_yticklabels()]
