@@ -9,7 +9,8 @@ DEMO = {"data": "sample", "epochs": 8, "batch_size": 50, "sizes": [16, 24], "cor
 .PHONY: demo test lint train quick bench tables clean
 
 demo: .venv/installed  ## execute the notebook on the sample of CIFAR-10 into demo/ (two minutes, no download)
-	mkdir -p demo
+	rm -rf demo
+	mkdir demo
 	S9_SETTINGS='$(DEMO)' $(EXECUTE) --output-dir demo S9.ipynb
 
 test: .venv/installed  ## the whole suite, the notebook included, offline

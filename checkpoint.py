@@ -69,12 +69,12 @@ class Checkpoint:
                 isinstance(path, (str, Path)) and Path(path).name and not Path(path).is_dir())
         self.path, self.recipe, self.loader = Path(path), recipe, loader
         self.parts = parts
-        data, self.split = loader.dataset, "validation" if recipe.validation_size else "test"
+        data = loader.dataset
         self.run = {**recipe.to_json(), "images": len(data), "layers": str(parts["model"]).splitlines(),
                     "augmentations": str(getattr(data, "transform", None)).splitlines(),
                     "teacher": teacher and _hash(teacher)}
-        self.history = {name: [] for name in ("train_loss", "train_accuracy", f"{self.split}_loss",
-                                              f"{self.split}_accuracy", "seconds")}
+        self.history = {name: [] for name in ("train_loss", "train_accuracy", f"{recipe.split}_loss",
+                                              f"{recipe.split}_accuracy", "seconds")}
 
     def __enter__(self) -> "Checkpoint":
         self.lock = _lock(self.path)
@@ -87,10 +87,10 @@ class Checkpoint:
             self.lock.close()
             raise
         if self.epochs_done() == self.recipe.epochs:
-            print(f"{self.path}: finished before, loaded")
+            print(f"{self.path}: finished before, loaded (remove {self.path.name}* to train it again)")
         elif self.epochs_done():
             print(f"{self.path}: going on with epoch {self.epochs_done() + 1}")
-        print(HEAD.format(self.split[:5]))
+        print(HEAD.format(self.recipe.split[:5]))
         for epoch, row in enumerate(zip(*self.history.values(), strict=True), 1):
             print(ROW.format(epoch, *row))
         work = [self.recipe.image_size(epoch)**2 * len(self.loader) for epoch in range(self.recipe.epochs)]
@@ -129,7 +129,7 @@ class Checkpoint:
         """
         if not all(map(math.isfinite, row)):
             raise FloatingPointError(f"epoch {self.epochs_done() + 1}: the training loss is {row[0]} and the "
-                                     f"{self.split} loss {row[2]}: try a max_lr below {self.recipe.max_lr}")
+                                     f"{self.recipe.split} loss {row[2]}: try a max_lr below {self.recipe.max_lr}")
         for column, value in zip(self.history.values(), row, strict=True):
             column.append(value)
         self.bar.clear()
@@ -299,7 +299,7 @@ def save(model: nn.Module, metrics: dict, folder: str | Path = "weights") -> dic
 def add_metrics(metrics: dict, folder: str | Path = "weights", **more) -> dict:
     """Add what was measured since to the metrics of a saved network, in their file as well; return them all."""
     metrics = {**metrics, **more}
-    write_file(Path(folder) / f"{metrics['network']}.json", (json.dumps(metrics, indent=1) + "\n").encode())
+    write_json(Path(folder) / f"{metrics['network']}.json", metrics)
     return metrics
 
 
@@ -393,6 +393,11 @@ def write_file(path: str | Path, content: bytes, keep: Path | None = None) -> No
     if keep and path.exists():
         os.replace(path, keep)
     os.replace(new, path)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write a value as JSON, as `write_file` does."""
+    write_file(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def one_line(error: Exception) -> str:

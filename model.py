@@ -24,7 +24,8 @@ def depthwise_separable(in_channels: int, out_channels: int, padding: int = 1,
                         pointwise_padding: int = 0) -> nn.Sequential:
     """Return a depthwise-separable convolution, 3x3 depthwise, then pointwise (1x1).
 
-    (N, in_channels, H, W) to (N, out_channels, H', W'), where H' is H + 2 (padding - 1) + 2 pointwise_padding.
+    (N, in_channels, H, W) to (N, out_channels, H', W'), where H' is H + 2 (padding - 1) + 2 pointwise_padding. The
+    padding is 1 or more.
     Padding above 1 is a layer of its own: in bf16 on a CPU, only the usual padding has a fast backward pass. Howard et
     al., MobileNets, https://arxiv.org/abs/1704.04861.
     """

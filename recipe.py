@@ -89,6 +89,11 @@ class Recipe:
         return cls(**{"epochs": 2, "batch_size": 128, "max_lr": 0.6, "warmup": 0.15, "augmentation": 0.1,
                       "corruption": 0.0, "sizes": (16, 32), "teacher": None, "folder": "weights/quick", **changes})
 
+    @property
+    def split(self) -> str:
+        """The images that a run is evaluated on: "validation" if some are held out, else "test"."""
+        return "validation" if self.validation_size else "test"
+
     def teacher_recipe(self, validation_size: int = 5000) -> "Recipe":
         """Return the recipe of the run's teacher: three quarters of the epochs, without teacher and corruption.
 

@@ -6,7 +6,6 @@ import copy
 import random
 from typing import NamedTuple
 
-import albumentations as A
 import numpy as np
 import torch
 from torch import nn
@@ -25,7 +24,7 @@ from checker.operations import field_before, run_traced, whole_pixels
 from checker.tables import markdown_table, text_table
 from checker.tracer import Operation
 from checkpoint import one_line
-from dataset import CLASSES, FILL
+from dataset import CLASSES, FILL, A
 
 PARAMETER_LIMIT, RECEPTIVE_FIELD_LIMIT = 200_000, 44  # the assignment's "fewer than" and "above"
 HOLDS, BROKEN, UNDECIDED = "holds", "BROKEN", "undecided"

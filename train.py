@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 import utils
 from checkpoint import Checkpoint, add_metrics, labels_sha256, load_teacher, save
 from dataset import load_dataset, make_loader, train_transform
-from device import hardware, make_scaler, pick_device
+from device import hardware, make_scaler, pick_device, to_device
 from model import build_network
 from recipe import Recipe, make_optimizer, make_scheduler, seed_everything
 
@@ -35,14 +35,14 @@ def run(recipe: Recipe, build: Callable[[], nn.Module] | None = None) -> tuple[n
         ValueError, RuntimeError, FloatingPointError: see `fit` and `load_dataset`.
         FileNotFoundError: there is no teacher.
     """
-    device, split = pick_device(), "validation" if recipe.validation_size else "test"
+    device = pick_device()
     seed_everything(recipe.seed)
     train_set = load_dataset("train", recipe.data, recipe.validation_size, train_transform(recipe.augmentation),
                              recipe.seed)
-    test_set = load_dataset(split, recipe.data, recipe.validation_size)
+    test_set = load_dataset(recipe.split, recipe.data, recipe.validation_size)
     train_loader = make_loader(train_set, recipe.batch_size, True, recipe.num_workers, recipe.seed)
     test_loader = make_loader(test_set, min(500, len(test_set)))
-    model = (build() if build else build_network(recipe.network)).to(device, memory_format=torch.channels_last)
+    model = to_device(build() if build else build_network(recipe.network), device)
     teacher = recipe.teacher and load_teacher(recipe, train_set.targets)
     history = fit(model, recipe, train_loader, test_loader, teacher)
     metrics = save(model, utils.run_metrics(model, recipe, history, test_set.title), recipe.folder)
@@ -63,7 +63,7 @@ def fit(model: nn.Module, recipe: Recipe, train_loader: DataLoader, test_loader:
         FloatingPointError: the loss is no longer finite.
     """
     device = next(model.parameters()).device
-    teacher = teacher and teacher.to(device, memory_format=torch.channels_last)
+    teacher = teacher and to_device(teacher, device)
     optimizer, scaler = make_optimizer(model, recipe), make_scaler(device)
     scheduler = make_scheduler(optimizer, recipe, len(train_loader))
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
@@ -80,15 +80,16 @@ def fit(model: nn.Module, recipe: Recipe, train_loader: DataLoader, test_loader:
     return checkpoint.history
 
 
-def estimate(recipe: Recipe, images: int, device: torch.device, teacher: nn.Module | None = None) -> float:
+def estimate(recipe: Recipe, images: int, device: torch.device) -> float:
     """Return about how many seconds the training steps of a run take on this device, without its tests.
 
-    Two steps are timed at each image size. `images` is the size of the training set. The random generators of the CPU
-    and of CUDA stay as they were.
+    Two steps are timed at each image size, of untrained networks. `images` is the size of the training set. The random
+    generators of the CPU and of CUDA stay as they were.
     """
     count, seconds = min(recipe.batch_size, images), 0.0
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        model = build_network(recipe.network).to(device, memory_format=torch.channels_last)
+        model = to_device(build_network(recipe.network), device)
+        teacher = to_device(build_network("NetDilated"), device).eval() if recipe.teacher else None
         optimizer = make_optimizer(model, recipe)
         batch = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (count,))
         sizes = [recipe.image_size(epoch) for epoch in range(recipe.epochs)]
@@ -105,17 +106,17 @@ def announce(recipe: Recipe) -> str:
     """Return in one line how long a run takes here, and how long the quick one, with the accuracy that it reached.
 
     Raises:
-        ValueError: the batch is larger than the training set; or see `load_dataset` and `load_teacher`.
+        ValueError, RuntimeError: the batch is larger than the training set; or see `load_dataset`.
     """
     device = pick_device()
     train_set = load_dataset("train", recipe.data, recipe.validation_size)
     make_loader(train_set, recipe.batch_size)  # which refuses a batch that is too large
-    teacher = recipe.teacher and load_teacher(recipe, train_set.targets)
-    teacher = teacher and teacher.to(device, memory_format=torch.channels_last)
+    text = (f"a whole run of {recipe.epochs} epochs: about {duration(estimate(recipe, len(train_set), device))} of "
+            f"training steps on {hardware(device)}")
+    if recipe == Recipe.quick(seed=recipe.seed):
+        return text
     quick = json.loads((Path(__file__).parent / "benchmarks" / "quick.json").read_text())
-    whole_run, quick_run = estimate(recipe, len(train_set), device, teacher), estimate(Recipe.quick(), 50_000, device)
-    return (f"a whole run of {recipe.epochs} epochs: about {duration(whole_run)} of training steps on "
-            f"{hardware(device)}; Recipe.quick() takes about {duration(quick_run)} and reaches "
+    return (f"{text}; Recipe.quick() takes about {duration(estimate(Recipe.quick(), 50_000, device))} and reaches "
             f"{quick['mean_test_accuracy']:.1f} % on CIFAR-10")
 
 
@@ -144,8 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    split = "validation" if metrics["recipe"]["validation_size"] else "test"
-    print(f"{metrics['data']}: {split} accuracy {metrics[f'{split}_accuracy']:.2f} %")
+    print(f"{metrics['data']}: {recipe.split} accuracy {metrics[f'{recipe.split}_accuracy']:.2f} %")
 
 
 def parse(text: str) -> object:

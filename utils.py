@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 
-import albumentations as A
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from checker.operations import (
 from checker.tables import markdown_table
 from checkpoint import write_file
 from checks import positive, require
-from dataset import CIFAR10, load_dataset, make_loader, mean_and_std, normalise
+from dataset import CIFAR10, A, load_dataset, make_loader, mean_and_std, normalise
 from device import autocast, hardware, versions
 from recipe import Recipe, make_scheduler
 
@@ -77,11 +76,11 @@ def train(model: nn.Module, loader: Iterable, recipe: Recipe, epoch: int, optimi
             loss, objective, logits = _forward(model, normalise(images), labels, recipe, epoch, teacher)
             optimizer.zero_grad()
             scaler.scale(objective).backward()
+            scale = scaler.get_scale()
+            scaler.step(optimizer)
         except torch.OutOfMemoryError as error:
             raise RuntimeError(f"the memory of {hardware(device)} is too small for batch_size {len(labels)}: "
                                f"try {max(2, len(labels) // 2)}") from error
-        scale = scaler.get_scale()
-        scaler.step(optimizer)
         scaler.update()
         if scheduler and scaler.get_scale() >= scale:  # the scaler skips a step whose gradients overflow
             scheduler.step()

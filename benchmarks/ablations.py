@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
-from checkpoint import write_file
+from checkpoint import write_json
 from checks import require
 from dataset import load_dataset
 from recipe import Recipe
@@ -79,7 +79,7 @@ def main(names: list[str], output: Path = HERE / "ablations.json",
             row = make_row(replace(recipe, folder=str(folder / table / name)))
             rows = read(output)  # another process may have added rows in the meantime
             rows.setdefault(table, {})[name] = row
-            write_file(output, (json.dumps(rows, indent=1) + "\n").encode())
+            write_json(output, rows)
 
 
 def read(output: Path) -> dict[str, dict[str, dict]]:

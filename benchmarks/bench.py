@@ -15,18 +15,16 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-import albumentations as A
 import torch
 import torch.nn.functional as F
-from albumentations.pytorch import ToTensorV2
 from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import utils
 from checker.operations import count_macs
-from checkpoint import write_file
-from dataset import CORES, MEAN, STD, load_dataset, make_loader, train_transform
-from device import hardware, mixed_precision, pick_device, versions
+from checkpoint import write_json
+from dataset import CORES, MEAN, STD, A, load_dataset, make_loader, train_transform
+from device import hardware, mixed_precision, pick_device, to_device, versions
 from model import build_network
 from recipe import Recipe, make_optimizer
 
@@ -67,7 +65,7 @@ def main(arguments: list[str] | None = None) -> dict:
     results["waiting for data, %"] = waiting(options, device)
     results["evaluation, seconds"] = evaluation(options, device)
     results["rate of arithmetic, GFLOP/s"] = arithmetic(results["training step"], device)
-    write_file(options.output, (json.dumps(results, indent=1) + "\n").encode())
+    write_json(options.output, results)
     print(f"\nwritten to {options.output}")
     return results
 
@@ -86,8 +84,8 @@ def training_step(options: argparse.Namespace) -> dict:
     print(f"\n{'training step':40} images/s     min      max  peak MB  ours is faster")
     for name, pipe in sides.items():
         pipe.send("memory")
-        ratio = statistics.median(ours / other for ours, other in zip(rates[OURS], rates[name], strict=True))
-        rows[name] = {**spread(rates[name]), "peak_mb": pipe.recv(), "speedup": ratio}
+        rows[name] = {**spread(rates[name]), "peak_mb": pipe.recv(),
+                      "speedup": median_ratio(rates[OURS], rates[name])}
         print("{:40} {:8.0f} {:7.0f} {:8.0f} {:8.0f} {:10.2f} times".format(name, *rows[name].values()))
         pipe.send(None)
     return rows
@@ -114,13 +112,11 @@ def serve_side(pipe, options, network, batch_size, recipe):
 
 def our_steps(model: torch.nn.Module, batch_size: int, recipe: Recipe) -> Callable[[], None]:
     """Return a function that trains the model for one step at each image size of the recipe, on one random batch."""
-    model.to(memory_format=torch.channels_last)
+    device = next(model.parameters()).device
+    to_device(model, device)
     batch = torch.randint(256, (batch_size, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (batch_size,))
     optimizer = make_optimizer(model, recipe)
-    teacher = None
-    if recipe.teacher:
-        device = next(model.parameters()).device
-        teacher = build_network("NetDilated").to(device, memory_format=torch.channels_last).eval()
+    teacher = to_device(build_network("NetDilated"), device).eval() if recipe.teacher else None
     sizes = [recipe.image_size(epoch) for epoch in range(recipe.epochs)]
     epochs = [sizes.index(size) for size in dict.fromkeys(recipe.sizes)]
     return lambda: [utils.train(model, [batch], recipe, epoch, optimizer, teacher=teacher) for epoch in epochs]
@@ -175,7 +171,7 @@ class PerImageDataset(Dataset):
 
     def __init__(self, data, targets):
         self.data, self.targets = data, targets
-        self.transform = A.Compose([*train_transform().transforms, A.Normalize(MEAN, STD), ToTensorV2()])
+        self.transform = A.Compose([*train_transform().transforms, A.Normalize(MEAN, STD), A.ToTensorV2()])
 
     def __len__(self):
         return len(self.data)
@@ -211,8 +207,7 @@ def input_pipeline(options: argparse.Namespace) -> dict:
     print(f"\n{'input pipeline':40} images/s     min      max  of the limit")
     rows = {}
     for name, values in rates.items():
-        share = statistics.median(one / limit for one, limit in zip(values, rates[limits[name]], strict=True))
-        rows[name] = {**spread(values), "of_the_limit": share}
+        rows[name] = {**spread(values), "of_the_limit": median_ratio(values, rates[limits[name]])}
         print("{:40} {:8.0f} {:7.0f} {:8.0f} {:10.0%}".format(name, *rows[name].values()))
     return rows
 
@@ -245,7 +240,7 @@ def waiting(options: argparse.Namespace, device: torch.device) -> float:
     train_set = load_dataset("train", options.data)
     batch_size = min(256, options.images)
     loader, model = make_loader(train_set, batch_size, True), build_network("NetDilated")
-    model.to(device, memory_format=torch.channels_last)
+    to_device(model, device)
     waits = []
 
     def watched():
@@ -269,7 +264,7 @@ def evaluation(options: argparse.Namespace, device: torch.device) -> dict:
     """Seconds to test the network on the test set."""
     test_set = load_dataset("test", options.data)
     loader = make_loader(Subset(test_set, range(min(options.images, len(test_set)))), min(500, options.images))
-    model = build_network("NetDilated").to(device, memory_format=torch.channels_last)
+    model = to_device(build_network("NetDilated"), device)
     row = spread([seconds(lambda: utils.test(model, loader)) for _ in range(options.repeats)])
     print("\nevaluation of {:,} images: {:.1f} s, {:.1f} to {:.1f}".format(len(loader.dataset), *row.values()))
     return {"images": len(loader.dataset), **row}
@@ -307,6 +302,11 @@ def seconds(function: Callable, least: float = 0) -> float:
 def spread(values: list[float]) -> dict[str, float]:
     """Return the median, the minimum and the maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def median_ratio(rates: list[float], others: list[float]) -> float:
+    """Return the median of the ratios within each repeat."""
+    return statistics.median(rate / other for rate, other in zip(rates, others, strict=True))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,11 @@
 
 `python -m benchmarks.quick` goes on where it was interrupted.
 """
-import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoint import write_file
+from checkpoint import write_json
 from recipe import Recipe
 from train import run
 
@@ -21,7 +20,7 @@ def main(recipe: Recipe = Recipe.quick(), seeds: tuple[int, ...] = (0, 1, 2),  #
     accuracies = [metrics["test_accuracy"] for metrics in runs]
     result = {"mean_test_accuracy": statistics.mean(accuracies), "standard_deviation": statistics.stdev(accuracies),
               "runs": runs}
-    write_file(output, (json.dumps(result, indent=1) + "\n").encode())
+    write_json(output, result)
     print(f"seeds {seeds}: {result['mean_test_accuracy']:.2f} ± {result['standard_deviation']:.2f} %")
 
 

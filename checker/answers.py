@@ -99,7 +99,7 @@ def _import(file):
     """Return the module of a file. It may import its neighbours, by their names or as those of a package."""
     if file.suffix != ".py":
         raise ValueError("this is no Python file (of a notebook, `jupyter nbconvert --to script` makes one)")
-    ours = {"checker", "checkpoint", "checks", "dataset", "model", "recipe", "rules"}
+    ours = {"checker", "checkpoint", "checks", "dataset", "device", "model", "recipe", "rules"}
     for name in [name for name in sys.modules if name.split(".")[0] in ours]:  # its neighbours may have these names
         del sys.modules[name]
     name = file.parent.name

@@ -52,6 +52,10 @@ def test_rates_of_input_and_evaluation_are_measured(results):
     assert results["evaluation, seconds"]["images"] == 32 and results["evaluation, seconds"]["median"] > 0
 
 
+def test_a_ratio_is_the_median_of_those_of_each_repeat():
+    assert bench.median_ratio([1, 10, 3], [1, 2, 3]) == 1  # that of the medians is 1.5
+
+
 def test_a_training_step_computes_six_operations_for_each_multiply_accumulate():
     rate = bench.arithmetic({bench.OURS: {"median": 1000}}, torch.device("cpu"), side=64)
     assert rate["training step"] == pytest.approx(6 * count_macs(NetDilated()) * 1000 / 1e9)

@@ -2,11 +2,24 @@
 import json
 import platform
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
+import dataset
 import device
-from device import autocast, hardware, make_scaler, mixed_precision, pick_device, versions
+from dataset import normalise
+from device import (
+    autocast,
+    hardware,
+    make_scaler,
+    memory_format,
+    mixed_precision,
+    pick_device,
+    to_device,
+    versions,
+)
 
 CPU = torch.device("cpu")
 
@@ -36,6 +49,22 @@ def test_cuda_trains_in_bf16_where_the_gpu_has_it_and_else_in_fp16_with_scaled_g
     assert mixed_precision(torch.device("cuda")) is dtype
     if torch.cuda.is_available():
         assert make_scaler(torch.device("cuda")).is_enabled() is not there
+
+
+@pytest.mark.parametrize("kind, expected", [("cpu", torch.channels_last), ("cuda", torch.channels_last),
+                                            ("mps", torch.contiguous_format)])
+def test_only_mps_has_channels_first(kind, expected):
+    assert memory_format(torch.device(kind)) is expected
+
+
+def test_a_model_and_its_images_have_the_memory_format_of_the_device(monkeypatch):
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    for kind, expected in ("cpu", torch.channels_last), ("mps", torch.contiguous_format):
+        monkeypatch.setattr(device, "memory_format", lambda _, kind=kind: memory_format(torch.device(kind)))
+        monkeypatch.setattr(dataset, "memory_format", device.memory_format)
+        model = to_device(nn.Conv2d(3, 4, 3), CPU)
+        for tensor in model.weight, normalise(images), model(normalise(images)):
+            assert tensor.is_contiguous(memory_format=expected)
 
 
 def test_mps_trains_in_fp32_and_only_fp16_has_scaled_gradients():

@@ -21,7 +21,7 @@ from benchmarks.ablations import RECIPES
 from checker.operations import count_macs, count_parameters, receptive_field
 from checkpoint import labels_sha256, load, load_metrics
 from dataset import MEAN, STD, data_folder, load_dataset, make_loader
-from device import pick_device
+from device import pick_device, to_device
 from model import NETWORKS, build_network
 from recipe import Recipe
 
@@ -56,7 +56,7 @@ def test_mean_and_standard_deviation_are_those_of_the_training_set(real_test_set
 @pytest.mark.parametrize("path", TESTED, ids=str)
 def test_committed_weights_reach_the_accuracy_of_their_metrics(path, real_test_set):
     model, metrics = load(path.stem, HERE / path.parent)
-    model.to(pick_device(), memory_format=torch.channels_last)  # as in training, and twice as fast
+    to_device(model, pick_device())  # as in training, and twice as fast
     loss, accuracy = utils.test(model, make_loader(real_test_set, 500))
     assert accuracy == pytest.approx(metrics["test_accuracy"], abs=0.021)  # two images: hardware rounds differently
     assert loss == pytest.approx(metrics["test_loss"], rel=1e-3)
@@ -102,7 +102,7 @@ def test_the_temperature_fits_the_held_out_images(real_test_set):
     size = metrics["recipe"]["validation_size"]
     if labels_sha256(load_dataset("train", validation_size=size).targets) != metrics["labels_sha256"]:
         pytest.skip("these training images have another order, so others are held out")
-    model.to(pick_device(), memory_format=torch.channels_last)
+    to_device(model, pick_device())
     held_out = load_dataset("validation", validation_size=size)
     logits, labels = utils.predict(model, make_loader(held_out, 500))
     assert utils.fit_temperature(logits, labels) == pytest.approx(metrics["temperature"], rel=1e-2)
@@ -127,7 +127,7 @@ def test_torch_hub_gives_the_committed_network_and_refuses_damaged_weights(tmp_p
 def test_committed_weights_make_the_same_mistakes_on_the_sample(path):
     """Image for image. Hardware rounds differently, which may turn a few images that are a close decision."""
     model, metrics = load(path.stem, HERE / path.parent)
-    model.to(pick_device(), memory_format=torch.channels_last)
+    to_device(model, pick_device())
     assert len(set(utils.sample_mistakes(model)) ^ set(metrics["sample_mistakes"])) <= 3
 
 
@@ -182,6 +182,25 @@ def test_the_notebook_was_run_from_top_to_bottom_and_shows_the_metrics():
     assert not [output for output in OUTPUTS if output.get("name") == "stderr" or output["output_type"] == "error"]
     text = "".join("".join(output.get("text", "")) for output in OUTPUTS)
     assert f"CIFAR-10: test accuracy {load_metrics('NetDilated', WEIGHTS)['test_accuracy']:.2f} %" in text
+
+
+def test_the_numbers_in_the_text_of_the_notebook_are_those_of_the_metrics():
+    text = " ".join(" ".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "markdown")
+    text = " ".join(text.split())
+    accuracy = {name: load_metrics(name, WEIGHTS / "30-epochs")["test_accuracy"] for name in NETWORKS}
+    names = "PublishedDilated", "PublishedDepthwise"
+    better = [accuracy[name] - float(utils.PUBLISHED[name][1].split()[-1]) for name in names]
+    ahead = [accuracy["NetDilated"] - accuracy[name] for name in names]
+    assert "by up to {:.1f} and by {:.1f} points, in".format(*better) in text
+    assert "another {:.1f} and {:.1f} points better".format(*ahead) in text
+    metrics = load_metrics("NetDilated", WEIGHTS)
+    kinds = metrics["accuracy_under_corruptions"]
+    lost = {kind: [values[0] - value for value in values] for kind, values in kinds.items()}
+    assert max(lost, key=lambda kind: sum(lost[kind])) == "JPEG" and round(lost["JPEG"][1]) == 8
+    assert f"Noise of severity 2, whose standard deviation is 4 % of the scale, costs {lost['noise'][2]:.1f}." in text
+    assert max(lost["blur"][1], lost["brightness"][1], lost["darkness"][3]) <= 0.5
+    before, after = metrics["history"]["test_accuracy"][89:91]  # the images reach their full size
+    assert round(after - before) == 2
 
 
 def test_the_settings_cell_spells_out_the_defaults():

@@ -45,6 +45,7 @@ def test_the_clock_times_two_steps_at_each_size_and_leaves_the_random_generators
     now, steps = [0.0], []
 
     def slow(model, batches, recipe, epoch, optimizer, teacher):
+        assert bool(teacher) == bool(recipe.teacher)
         steps.append(recipe.image_size(epoch))
         now[0] += len(batches) * recipe.image_size(epoch)
         torch.rand(1)
@@ -69,6 +70,15 @@ def test_a_long_run_is_announced_in_one_line(monkeypatch):
     line = train.announce(replace(SHORT, teacher=None))
     assert re.fullmatch(r"a whole run of 4 epochs: about 80 s of training steps on some processor; Recipe.quick\(\) "
                         r"takes about 17 min and reaches 8\d.\d % on CIFAR-10", line)
+
+
+def test_the_quick_run_is_announced_and_timed_once(monkeypatch):
+    monkeypatch.undo()
+    timed = []
+    monkeypatch.setattr(train, "estimate", lambda recipe, *_: timed.append(recipe) or 60.0)
+    monkeypatch.setattr(train, "load_dataset", lambda *_: load_dataset("train", "sample"))
+    assert train.announce(Recipe.quick(seed=1)).startswith("a whole run of 2 epochs: about 60 s of training steps on ")
+    assert timed == [Recipe.quick(seed=1)]
 
 
 def test_a_batch_that_is_too_large_is_refused_before_anything_is_timed(monkeypatch):
@@ -136,9 +146,9 @@ def test_the_command_trains_the_recipe_that_its_arguments_name(tmp_path, capsys,
     assert capsys.readouterr().out.endswith(result)
     ran = []
     monkeypatch.setattr(train, "run", lambda recipe: ran.append(recipe) or (None, {
-        "data": "some images", "validation_accuracy": 12.5, "recipe": {"validation_size": 10}}))
-    train.main([])
-    assert ran == [Recipe()] and capsys.readouterr().out == "a while\nsome images: validation accuracy 12.50 %\n"
+        "data": "some images", "validation_accuracy": 12.5}))
+    train.main(["--validation-size", "10"])
+    assert ran == [Recipe(validation_size=10)] and capsys.readouterr().out == "a while\nsome images: validation accuracy 12.50 %\n"
 
 
 @pytest.mark.parametrize("text, value", [("3", 3), ("5e-4", 5e-4), ("None", None), ("True", True),

@@ -208,6 +208,15 @@ def test_too_little_gpu_memory_names_the_batch_size_and_a_smaller_one():
         take_step(Huge(), *batch(100))
 
 
+def test_a_gpu_without_room_for_the_momentum_suggests_half_the_batch_size(monkeypatch):
+    def step(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    with pytest.raises(RuntimeError, match="^the memory of .* is too small for batch_size 100: try 50$"):
+        take_step(Tiny(), *batch(100))
+
+
 # ---------------------------------------------------------------- the path of a GPU, as far as a CPU can walk it
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.ablations import PLAIN, TEN, make_row
-from checkpoint import load, write_file
+from checkpoint import load, write_json
 from model import MirrorMean, Network, separable, standard
 from train import run
 
@@ -54,4 +54,4 @@ for name, teacher in teachers.items():
     recipe = replace(TEN, validation_size=5000, teacher="weights/teacher", folder=f"checkpoints/teachers/{name[:10]}")
     with mock.patch("train.load_teacher", lambda *_, teacher=teacher: teacher):
         rows.setdefault("10 epochs, teachers", {})[name] = make_row(recipe)
-    write_file(OUTPUT, (json.dumps(rows, indent=1) + "\n").encode())
+    write_json(OUTPUT, rows)
