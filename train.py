@@ -103,7 +103,7 @@ def estimate(recipe: Recipe, images: int, device: torch.device) -> float:
 
 
 def announce(recipe: Recipe) -> str:
-    """Return in one line how long a run takes here, and how long the quick one, with the accuracy that it reached.
+    """Return in one line how long a run takes here, and after it time and accuracy of the quick run, if it is another.
 
     Raises:
         ValueError, RuntimeError: the batch is larger than the training set; or see `load_dataset`.

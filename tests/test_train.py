@@ -148,7 +148,8 @@ def test_the_command_trains_the_recipe_that_its_arguments_name(tmp_path, capsys,
     monkeypatch.setattr(train, "run", lambda recipe: ran.append(recipe) or (None, {
         "data": "some images", "validation_accuracy": 12.5}))
     train.main(["--validation-size", "10"])
-    assert ran == [Recipe(validation_size=10)] and capsys.readouterr().out == "a while\nsome images: validation accuracy 12.50 %\n"
+    assert ran == [Recipe(validation_size=10)]
+    assert capsys.readouterr().out == "a while\nsome images: validation accuracy 12.50 %\n"
 
 
 @pytest.mark.parametrize("text, value", [("3", 3), ("5e-4", 5e-4), ("None", None), ("True", True),
