@@ -14,22 +14,22 @@ def require(name: str, value: object, allowed: str, holds: bool) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Say whether the value is a finite number, NumPy's included, and not a bool."""
+    """Return whether the value is a finite number, NumPy's included, and not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(abs(value) < 1e100)  # NaN is not
 
 
 def positive(value: object) -> bool:
-    """Say whether the value is a finite number above 0."""
+    """Return whether the value is a finite number above 0."""
     return is_number(value) and value > 0
 
 
 def is_seed(value: object) -> bool:
-    """Say whether the value can seed a random generator."""
+    """Return whether the value can seed a random generator."""
     return type(value) is int and 0 <= value < 2**32
 
 
 def is_folder(value: object) -> bool:
-    """Say whether the value is the path of a folder, or of one that can be made."""
+    """Return whether the value is the path of a folder, or of one that can be made."""
     try:
         return isinstance(value, (str, Path)) and bool(str(value)) and not Path(value).is_file()
     except (OSError, ValueError):  # it is too long, or no path

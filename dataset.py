@@ -290,7 +290,7 @@ def _collate(items):
 
 
 def _readable(path, md5):
-    """Say whether a batch file is there and unharmed, and its images and labels fit together.
+    """Return whether a batch file is there and unharmed, and its images and labels fit together.
 
     A pickle can run code, so it is only opened if its MD5 is the expected one.
     """
@@ -301,5 +301,5 @@ def _readable(path, md5):
 
 
 def _consistent(images, labels):
-    """Say whether there is one label, 0 to 9, for each image."""
+    """Return whether there is one label, 0 to 9, for each image."""
     return len(images) == len(labels) > 0 and 0 <= min(labels) and max(labels) < len(CLASSES)

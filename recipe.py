@@ -106,8 +106,8 @@ class Recipe:
     def image_size(self, epoch: int) -> int:
         """Return the size in pixels of the training images in an epoch, counted from 0.
 
-        With fewer epochs than sizes, only the last sizes are used. Tests are always at full size. Tan and Le,
-        EfficientNetV2, https://arxiv.org/abs/2104.00298.
+        With fewer epochs than sizes, only the last sizes are used. Evaluation is always at full size. Tan
+        and Le, EfficientNetV2, https://arxiv.org/abs/2104.00298.
         """
         last = len(self.sizes) - 1
         return self.sizes[max(epoch * len(self.sizes) // self.epochs, last - (self.epochs - 1 - epoch))]

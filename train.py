@@ -81,7 +81,7 @@ def fit(model: nn.Module, recipe: Recipe, train_loader: DataLoader, test_loader:
 
 
 def estimate(recipe: Recipe, images: int, device: torch.device) -> float:
-    """Return about how many seconds the training steps of a run take on this device, without its tests.
+    """Return about how many seconds the training steps of a run take on this device, without evaluation.
 
     Two steps are timed at each image size, of untrained networks. `images` is the size of the training set. The random
     generators of the CPU and of CUDA stay as they were.

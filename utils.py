@@ -172,7 +172,7 @@ def loss_and_accuracy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float
 def run_metrics(model: nn.Module, recipe: Recipe, history: dict[str, list[float]], data: str) -> dict:
     """Return what is known of a finished run, for `checkpoint.save`. `data` is the title of the data set.
 
-    `macs` are of one image, `seconds` of all epochs with their tests. The losses and accuracies (in percent) are those
+    `macs` are of one image, `seconds` of all epochs with evaluation. The losses and accuracies (in percent) are those
     of the last epoch, `history` has all, and `recipe` the settings that affect the result.
     """
     last = {column: values[-1] for column, values in history.items() if column != "seconds"}

@@ -97,7 +97,7 @@ class Layout(NamedTuple):
                 not self.blocks or not all(self.ends_well(block) for block in self.blocks))
 
     def ends_well(self, block: list[Unit]) -> bool:
-        """Say whether the last convolution of a block, and no other, has stride 2; it may be dilated in the bonus."""
+        """Return whether the last convolution of a block, and no other, has stride 2, or is dilated in the bonus."""
         return (stride_of(block[-1]) == 2 or (self.bonus and is_dilated(block[-1]) and not is_strided(block[-1]))) and (
             not any(map(is_strided, block[:-1])))
 
@@ -108,12 +108,12 @@ def stride_of(unit: Unit) -> float:
 
 
 def is_strided(unit: Unit) -> bool:
-    """Say whether a convolution has a stride above 1."""
+    """Return whether a convolution has a stride above 1."""
     return stride_of(unit) > 1
 
 
 def is_dilated(unit: Unit) -> bool:
-    """Say whether a convolution has a dilation above 1 that makes a difference."""
+    """Return whether a convolution has a dilation above 1 that makes a difference."""
     return any(operation.dilation > 1 and operation.kernel > 1 for operation in unit)
 
 
@@ -148,7 +148,7 @@ def find_blocks(operations: list[Operation]) -> Layout:
 
 
 def _is_output(units):
-    """Say whether the last convolution gives the logits."""
+    """Return whether the last convolution gives the logits."""
     return len(units) > 1 and units[-1][-1].channels[1] == len(CLASSES)
 
 

@@ -421,7 +421,7 @@ def _global_kind(name):
 
 
 def _is_map(path):
-    """Say whether a tensor is (N, C, H, W), and not (N, H, W, C) or tokens."""
+    """Return whether a tensor is (N, C, H, W), and not (N, H, W, C) or tokens."""
     left = path.reach[2]
     return left.ndim == 4 and bool((left == left[:, :, :1]).all())
 
