@@ -60,6 +60,14 @@ def test_importing_all_modules_is_silent_and_touches_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_old_albumentations_is_refused(tmp_path):
+    (tmp_path / "albumentations.py").write_text("__version__ = '1.4.24'")
+    result = subprocess.run([sys.executable, "-c", "import dataset"], capture_output=True, text=True, cwd=HERE,
+                            env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert result.stderr.splitlines()[-1] == ("ImportError: albumentations 1.4.24 is too old: "
+                                              "pip install albumentations==2.0.8")
+
+
 def test_only_the_module_that_stops_its_question_for_news_imports_albumentations():
     paths = [*HERE.glob("*.py"), *(HERE / "checker").glob("*.py"), *(HERE / "benchmarks").glob("*.py")]
     imports = [path.name for path in paths if re.search("^(import|from) albumentations", path.read_text(), re.M)]
