@@ -243,8 +243,7 @@ def plot_ablations(path: Path) -> plt.Figure:
         error = statistics.stdev(unchanged) * (1 + 1 / len(unchanged))**0.5  # of a run's distance from their mean
         half_width = error * scipy.stats.t.ppf(0.975, len(unchanged) - 1)
         axis.axvspan(-half_width, half_width, color="lightgrey", alpha=0.5, zorder=0)
-        axis.set_xlabel(f"{axis.get_xlabel()}\ngrey: 95 % prediction interval of the unchanged network, from "
-                        f"{len(unchanged)} seeds")
+        axis.set_xlabel(f"{axis.get_xlabel()}\ngrey: 95 % prediction interval, unchanged ({len(unchanged)} seeds)")
     axis.invert_yaxis()
     return finish_figure(figure, path)
 
