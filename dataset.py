@@ -26,7 +26,7 @@ from checks import ALLOWED_SEEDS, between, is_seed, require, whole
 from device import memory_format
 
 if int(A.__version__.split(".")[0]) < 2:  # it would ignore the colour of the hole, with a warning
-    raise ImportError(f"albumentations {A.__version__} is too old: pip install albumentations==2.0.8")
+    raise ImportError(f"albumentations {A.__version__} is too old: pip install -r requirements.txt")
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images, by channel, 0 to 1

@@ -65,7 +65,7 @@ def test_an_old_albumentations_is_refused(tmp_path):
     result = subprocess.run([sys.executable, "-c", "import dataset"], capture_output=True, text=True, cwd=HERE,
                             env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert result.stderr.splitlines()[-1] == ("ImportError: albumentations 1.4.24 is too old: "
-                                              "pip install albumentations==2.0.8")
+                                              "pip install -r requirements.txt")
 
 
 def test_only_the_module_that_stops_its_question_for_news_imports_albumentations():
