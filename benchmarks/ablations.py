@@ -2,8 +2,8 @@
 
 `python -m benchmarks.ablations` makes the rows of `RECIPES` that benchmarks/ablations.json lacks. With names of rows as
 arguments it makes those, in every table that has them, and replaces what the file says of them. An interrupted run in
-checkpoints/ablations goes on, a finished one is loaded: remove its folder to train it again. Other rows of that file
-are of variants of the code, which ablations.md describes.
+checkpoints/ablations goes on, a finished one is loaded: remove its folder to train it again. ablations.md says
+where the other rows of that file come from.
 """
 import json
 import sys
@@ -23,7 +23,6 @@ from utils import accuracy_under_corruptions, mean_accuracy_under_corruptions
 HERE = Path(__file__).resolve().parent
 PLAIN = Recipe(teacher=None, corruption=0, validation_size=10_000)
 TEN = replace(PLAIN, epochs=10, sizes=(16, 24, 32), augmentation=0.25)
-QUICK = Recipe.quick(validation_size=5000)
 RECIPES = {  # table -> row -> recipe
     "10 epochs": {
         "NetDilated": TEN,
@@ -37,6 +36,7 @@ RECIPES = {  # table -> row -> recipe
         "weight decay 0.0002": replace(TEN, weight_decay=2e-4),
         "weight decay 0.002": replace(TEN, weight_decay=2e-3),
         "corruption 0.2": replace(TEN, corruption=0.2),
+        "corruption 0.2, seed 1": replace(TEN, corruption=0.2, seed=1),
     },
     "10 epochs, teachers": {
         "no teacher": replace(TEN, validation_size=5000),
@@ -45,17 +45,6 @@ RECIPES = {  # table -> row -> recipe
     "30 epochs": {
         "NetDilated": replace(PLAIN, epochs=30),
         "max_lr 0.45": replace(PLAIN, epochs=30, max_lr=0.45),
-        "corruption 0.2": replace(PLAIN, epochs=30, corruption=0.2),
-    },
-    "quick recipe": {
-        "NetDilated": QUICK,
-        "max_lr 0.3": replace(QUICK, max_lr=0.3),
-        "max_lr 1.0": replace(QUICK, max_lr=1.0),
-        "warmup 0.25": replace(QUICK, warmup=0.25),
-        "augmentation 0": replace(QUICK, augmentation=0),
-        "batch size 64": replace(QUICK, batch_size=64),
-        "28 pixels at the end": replace(QUICK, sizes=(16, 28)),
-        "3 epochs, 16, 16 and 24 pixels": replace(QUICK, epochs=3, sizes=(16, 16, 24)),
     },
 }
 
