@@ -79,9 +79,9 @@ def test_the_headline_runs_have_the_default_recipe():
 
 
 def test_the_ablations_have_the_recipes_of_the_command():
-    for table, recipes in RECIPES.items():
-        there = {name: Recipe(**row["recipe"]) for name, row in tables.ablations().get(table, {}).items()}
-        assert there.items() <= recipes.items()
+    there = {table: {name: Recipe(**row["recipe"]) for name, row in tables.ablations()[table].items()}
+             for table in RECIPES}
+    assert there == RECIPES
 
 
 def test_the_networks_are_compared_after_equal_epochs_of_one_recipe():
