@@ -1,4 +1,5 @@
 """Checks of settings and arguments, and the one line that says what is allowed."""
+
 import numbers
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -7,15 +8,21 @@ ALLOWED_SEEDS = "a whole number, 0 to 4294967295"  # see `is_seed`
 
 
 def require(name: str, value: object, allowed: str, holds: bool) -> None:
-    """Raise a ValueError of one line that names the setting, its value and what is allowed, unless it holds."""
+    """Raise a ValueError of one line that names the setting, its value and what is allowed, unless
+    it holds.
+    """
     if not holds:
         shown = " ".join(repr(value).split())
-        raise ValueError(f"{name} is {shown if len(shown) <= 200 else shown[:200] + '...'}: choose {allowed}")
+        raise ValueError(
+            f"{name} is {shown if len(shown) <= 200 else shown[:200] + '...'}: choose {allowed}"
+        )
 
 
 def is_number(value: object) -> bool:
     """Return whether the value is a finite number, NumPy's included, and not a bool."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(abs(value) < 1e100)  # NaN is not
+    return (
+        isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(abs(value) < 1e100)
+    )  # NaN is not
 
 
 def positive(value: object) -> bool:

@@ -1,4 +1,7 @@
-"""CIFAR-10 with albumentations, its loaders, and a small sample of it for machines without CIFAR-10."""
+"""CIFAR-10 with albumentations, its loaders, and a small sample of it for machines without
+CIFAR-10.
+"""
+
 import ctypes
 import functools
 import hashlib
@@ -12,7 +15,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing a module should not ask the network for news
+os.environ.setdefault(
+    "NO_ALBUMENTATIONS_UPDATE", "1"
+)  # importing a module should not ask the network for news
 
 import albumentations as A  # imported nowhere else, so that it is never imported without the line above
 import numpy as np
@@ -32,31 +37,44 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images, by channel, 0 to 1
 STD = (0.2470, 0.2435, 0.2616)
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-FILL = tuple(round(255 * channel) for channel in MEAN)  # the mean colour on the scale of the uint8 images
+FILL = tuple(
+    round(255 * channel) for channel in MEAN
+)  # the mean colour on the scale of the uint8 images
 
 
 def train_transform(p: float = 0.5) -> A.Compose:
     """Return the assignment's augmentations: uint8 (H, W, 3) to uint8 (32, 32, 3).
 
-    Half of the images are mirrored. With probability p an image is shifted by up to a tenth of its side, scaled by 0.9
-    to 1.1 and rotated by up to 15 degrees, and again with probability p it gets the hole.
-    The border that a shift uncovers is filled by reflection; the hole of CoarseDropout (DeVries and Taylor,
-    Cutout, https://arxiv.org/abs/1708.04552) with the training set's mean colour, which normalises to zero.
+    Half of the images are mirrored. With probability p an image is shifted by up to a tenth of its
+    side, scaled by 0.9 to 1.1 and rotated by up to 15 degrees, and again with probability p it gets
+    the hole. The border that a shift uncovers is filled by reflection; the hole of CoarseDropout
+    (DeVries and Taylor, Cutout, https://arxiv.org/abs/1708.04552) with the training set's mean
+    colour, which normalises to zero.
 
     Raises:
         ValueError: p is not a probability.
     """
     require("augmentation", p, "a probability, 0 to 1", between(0, 1)(p))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="ShiftScaleRotate is a special case of Affine")  # the rules name it
-        return A.Compose([
-            A.HorizontalFlip(p=0.5),
-            A.ShiftScaleRotate(shift_limit=0.1, scale_limit=0.1, rotate_limit=15, p=p,
-                               border_mode=4),  # cv2.BORDER_REFLECT_101
-            A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(16, 16), hole_width_range=(16, 16),
-                            fill=FILL, p=p),
-            A.Resize(32, 32),  # the assignment asks for it; images of 32x32 stay as they are
-        ])
+        warnings.filterwarnings(
+            "ignore", message="ShiftScaleRotate is a special case of Affine"
+        )  # the rules name it
+        return A.Compose(
+            [
+                A.HorizontalFlip(p=0.5),
+                A.ShiftScaleRotate(
+                    shift_limit=0.1, scale_limit=0.1, rotate_limit=15, p=p, border_mode=4
+                ),  # cv2.BORDER_REFLECT_101
+                A.CoarseDropout(
+                    num_holes_range=(1, 1),
+                    hole_height_range=(16, 16),
+                    hole_width_range=(16, 16),
+                    fill=FILL,
+                    p=p,
+                ),
+                A.Resize(32, 32),  # the assignment asks for it; images of 32x32 stay as they are
+            ]
+        )
 
 
 def test_transform() -> A.Compose:
@@ -68,7 +86,8 @@ def test_transform() -> A.Compose:
 
 
 def normalise(images: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Return uint8 (N, H, W, 3) images as float32 (N, 3, H, W), mean 0 and standard deviation 1 by channel.
+    """Return uint8 (N, H, W, 3) images as float32 (N, 3, H, W), mean 0 and standard deviation 1 by
+    channel.
 
     The result has the `memory_format` of its device.
 
@@ -76,25 +95,42 @@ def normalise(images: np.ndarray | torch.Tensor) -> torch.Tensor:
         ValueError: the images are of another shape or type, as normalised ones are.
     """
     images = torch.as_tensor(images)
-    require("shape of the images", tuple(images.shape), "(N, H, W, 3), uint8 images as make_loader's loaders deliver",
-            images.ndim == 4 and images.shape[3] == 3)
-    require("type of the images", images.dtype, "torch.uint8, pixels from 0 to 255", images.dtype == torch.uint8)
+    require(
+        "shape of the images",
+        tuple(images.shape),
+        "(N, H, W, 3), uint8 images as make_loader's loaders deliver",
+        images.ndim == 4 and images.shape[3] == 3,
+    )
+    require(
+        "type of the images",
+        images.dtype,
+        "torch.uint8, pixels from 0 to 255",
+        images.dtype == torch.uint8,
+    )
     mean, std = (255 * each.repeat(images.shape[2]) for each in mean_and_std(images.device))
-    rows = images.flatten(2).to(torch.float32, copy=True)  # by whole rows of pixels, three times as fast
-    normalised = rows.sub_(mean).div_(std).view(images.shape).permute(0, 3, 1, 2)  # a view, in channels_last
+    rows = images.flatten(2).to(
+        torch.float32, copy=True
+    )  # by whole rows of pixels, three times as fast
+    normalised = (
+        rows.sub_(mean).div_(std).view(images.shape).permute(0, 3, 1, 2)
+    )  # a view, in channels_last
     return normalised.contiguous(memory_format=memory_format(images.device))
 
 
 @functools.cache
 def mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation by channel, (3,) each, made once a device: a copy to a GPU waits for it."""
+    """Return mean and standard deviation by channel, (3,) each, made once a device: a copy to a GPU
+    waits for it.
+    """
     return torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
 
 
 class CIFAR10(torchvision.datasets.CIFAR10):
-    """CIFAR-10 as uint8 (32, 32, 3) arrays with an albumentations transform. Items are (array, class number).
+    """CIFAR-10 as uint8 (32, 32, 3) arrays with an albumentations transform. Items are (array,
+    class number).
 
-    torchvision downloads, checks and decodes. A RuntimeError says in one line what is missing or damaged.
+    torchvision downloads, checks and decodes. A RuntimeError says in one line what is missing or
+    damaged.
     """
 
     title = "CIFAR-10"
@@ -120,50 +156,72 @@ class CIFAR10(torchvision.datasets.CIFAR10):
             return
         if not check_integrity(Path(self.root) / self.filename, self.tgz_md5):
             print(f"downloading {self.title} to {self.root}: 170 MB, 350 MB with what is unpacked")
-            folder = next(path for path in (Path(self.root), *Path(self.root).resolve().parents) if path.exists())
+            folder = next(
+                path
+                for path in (Path(self.root), *Path(self.root).resolve().parents)
+                if path.exists()
+            )
             if shutil.disk_usage(folder).free < self.room:
                 raise OSError(f"there is no room: {self.room // 2**20} MB are needed")
         super().download()
 
     def __getitem__(self, index):
         image = self.data[index]
-        return (self.transform(image=image)["image"] if self.transform else image), self.targets[index]
+        return (self.transform(image=image)["image"] if self.transform else image), self.targets[
+            index
+        ]
 
     def __getitems__(self, indices):
         """Return the items of one batch; DataLoader calls this.
 
-        The indices of the batch seed its augmentations. So they don't depend on the number of workers, and no two
-        batches or epochs, which are shuffled differently, share a stream of random numbers, unless a batch is one
-        image.
+        The indices of the batch seed its augmentations. So they don't depend on the number of
+        workers, and no two batches or epochs, which are shuffled differently, share a stream of
+        random numbers, unless a batch is one image.
         """
         if self.transform:
             seed = np.random.SeedSequence([self.seed, *indices])
-            self.transform.set_random_state(np.random.default_rng(seed), random.Random(int(seed.generate_state(1)[0])))
+            self.transform.set_random_state(
+                np.random.default_rng(seed), random.Random(int(seed.generate_state(1)[0]))
+            )
         return [self[index] for index in indices]
 
     def _trouble(self, root: Path, error: Exception) -> str:
         """Say in one line why the data could not be loaded and what to do."""
         folder, archive = root / self.base_folder, root / self.filename
         cause = " ".join(str(error).split())
-        for name, md5 in [*self.train_list, *self.test_list, [self.meta["filename"], self.meta["md5"]]]:
+        for name, md5 in [
+            *self.train_list,
+            *self.test_list,
+            [self.meta["filename"], self.meta["md5"]],
+        ]:
             if os.path.exists(folder) and not _readable(folder / name, md5):
-                return (f"{folder / name} is missing or damaged ({cause}): remove {folder} and run again to download "
-                        f"{self.title}, or unpack {self.filename} there again")
+                return (
+                    f"{folder / name} is missing or damaged ({cause}): remove {folder} and run again to download "
+                    f"{self.title}, or unpack {self.filename} there again"
+                )
         if os.path.exists(archive) and not check_integrity(archive, self.tgz_md5):
-            return (f"{archive} is incomplete or damaged ({cause}): run again with a network, or fetch it from "
-                    f"{self.url}")
+            return (
+                f"{archive} is incomplete or damaged ({cause}): run again with a network, or fetch it from "
+                f"{self.url}"
+            )
         existing = next(path for path in (root, *root.resolve().parents) if os.path.exists(path))
         if not (os.path.isdir(existing) and os.access(existing, os.W_OK)):
             return f"{root} can't be written ({cause}): name another folder with CIFAR10_ROOT"
-        return (f"{self.title} is not in {root} and could not be downloaded ({cause}): put {self.filename} from "
-                f"{self.url} into {root} and run again, or run `make demo`, which needs no download")
+        return (
+            f"{self.title} is not in {root} and could not be downloaded ({cause}): put {self.filename} from "
+            f"{self.url} into {root} and run again, or run `make demo`, which needs no download"
+        )
 
 
 class CIFAR10Sample(CIFAR10):
-    """2,000 training and 1,000 test images of CIFAR-10, in two image sheets of the repository: see sample/README.md."""
+    """2,000 training and 1,000 test images of CIFAR-10, in two image sheets of the repository: see
+    sample/README.md.
+    """
 
-    sha256 = {"train": "5e62859400fa739b1b81139231aee1a41dbffd4fc18eacbd6ade3778bff8a341",
-              "test": "6a0c0d71f4bcecc0f3534cc83abdb44053ce9acdcce7c21f9afd6d5c84e37011"}
+    sha256 = {
+        "train": "5e62859400fa739b1b81139231aee1a41dbffd4fc18eacbd6ade3778bff8a341",
+        "test": "6a0c0d71f4bcecc0f3534cc83abdb44053ce9acdcce7c21f9afd6d5c84e37011",
+    }
     columns = 50  # images in a row of a sheet
 
     def __init__(self, root=None, train=True, transform=None, seed=0):
@@ -172,7 +230,10 @@ class CIFAR10Sample(CIFAR10):
         torchvision.datasets.VisionDataset.__init__(self, root, transform=transform)
         self.train, self.seed, self.classes = train, seed, list(CLASSES)
         path = root / f"{split}.webp"
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != self.sha256[split]:
+        if (
+            not path.is_file()
+            or hashlib.sha256(path.read_bytes()).hexdigest() != self.sha256[split]
+        ):
             raise RuntimeError(f"{path} is missing or damaged: take it from the repository again")
         sheet = np.asarray(Image.open(path).convert("RGB"))
         images = sheet.reshape(-1, 32, self.columns, 32, 3).swapaxes(1, 2)
@@ -193,69 +254,116 @@ def data_folder() -> Path:
     return Path(os.environ.get("CIFAR10_ROOT") or "data")
 
 
-def load_dataset(split: str = "train", data: str = "CIFAR-10", validation_size: int = 0,
-                 transform: A.Compose | None = None, seed: int = 0, root: str | Path | None = None) -> CIFAR10:
+def load_dataset(
+    split: str = "train",
+    data: str = "CIFAR-10",
+    validation_size: int = 0,
+    transform: A.Compose | None = None,
+    seed: int = 0,
+    root: str | Path | None = None,
+) -> CIFAR10:
     """Return one split of a data set.
 
     Args:
-        split: "train" (without the last `validation_size` training images), "validation" (those), or "test".
+        split: "train" (without the last `validation_size` training images), "validation" (those),
+            or "test".
         data: "CIFAR-10", or "sample" for the 3,000 images of it that come with the repository.
         validation_size: how many training images are held out.
-        transform: an albumentations transform; `train_transform()` for "train" and `test_transform()` otherwise
-            if None.
+        transform: an albumentations transform; `train_transform()` for "train" and
+            `test_transform()` otherwise if None.
         seed: of the augmentations.
-        root: the folder of the data. If None, `data_folder()` for CIFAR-10, and `sample` of the repository.
+        root: the folder of the data. If None, `data_folder()` for CIFAR-10, and `sample` of the
+            repository.
 
     Raises:
-        ValueError: an argument is not one of those allowed. RuntimeError: the data are missing or damaged.
+        ValueError: an argument is not one of those allowed. RuntimeError: the data are missing or
+            damaged.
     """
-    require("data", data, f"one of {', '.join(DATASETS)}", isinstance(data, str) and data in DATASETS)
-    require("split", split, "train, validation or test",
-            isinstance(split, str) and split in ("train", "validation", "test"))
-    require("root", root, "None or the path of a folder", root is None or isinstance(root, (str, Path)))
+    require(
+        "data", data, f"one of {', '.join(DATASETS)}", isinstance(data, str) and data in DATASETS
+    )
+    require(
+        "split",
+        split,
+        "train, validation or test",
+        isinstance(split, str) and split in ("train", "validation", "test"),
+    )
+    require(
+        "root", root, "None or the path of a folder", root is None or isinstance(root, (str, Path))
+    )
     require("seed", seed, ALLOWED_SEEDS, is_seed(seed))
     if transform is None:
         transform = train_transform() if split == "train" else test_transform()
-    require("transform", type(transform).__name__, "None or a transform of albumentations, as A.Compose([...])",
-            isinstance(transform, (A.BasicTransform, A.BaseCompose)))
+    require(
+        "transform",
+        type(transform).__name__,
+        "None or a transform of albumentations, as A.Compose([...])",
+        isinstance(transform, (A.BasicTransform, A.BaseCompose)),
+    )
     dataset = DATASETS[data](root, split != "test", transform, seed)
     if split == "test" or (split == "train" and not validation_size):
         return dataset
-    require("validation_size", validation_size, f"1 to {len(dataset) - 1}, some of the training images",
-            whole(1, len(dataset) - 1)(validation_size))
+    require(
+        "validation_size",
+        validation_size,
+        f"1 to {len(dataset) - 1}, some of the training images",
+        whole(1, len(dataset) - 1)(validation_size),
+    )
     border = len(dataset) - validation_size
     part = slice(border) if split == "train" else slice(border, None)
     dataset.data, dataset.targets = dataset.data[part], dataset.targets[part]
     return dataset
 
 
-def make_loader(dataset: Dataset, batch_size: int = 256, shuffle: bool = False, num_workers: int | None = None,
-                seed: int = 0) -> DataLoader:
+def make_loader(
+    dataset: Dataset,
+    batch_size: int = 256,
+    shuffle: bool = False,
+    num_workers: int | None = None,
+    seed: int = 0,
+) -> DataLoader:
     """Return a DataLoader of uint8 (N, 32, 32, 3) images and int64 (N,) labels.
 
-    The batches are the same at any number of workers. `train` and `predict` normalise them where the network is: bytes
-    are a quarter of the memory, and a whole batch is normalised much faster than image by image.
+    The batches are the same at any number of workers. `train` and `predict` normalise them where
+    the network is: bytes are a quarter of the memory, and a whole batch is normalised much faster
+    than image by image.
 
     Args:
         shuffle: whether each epoch has an order of its own, drawn from `loader.sampler.generator`.
-        num_workers: processes that augment, at most one for each core. By default as many, but no more than 8, for a
-            shuffled loader, and none otherwise: there is nothing to augment.
+        num_workers: processes that augment, at most one for each core. By default as many, but no
+            more than 8, for a shuffled loader, and none otherwise: there is nothing to augment.
         seed: of the order.
 
     Raises:
-        ValueError: the batch size is not between 1 and the size of the data set, there are too many workers, or another
-            argument is not one of those allowed.
+        ValueError: the batch size is not between 1 and the size of the data set, there are too many
+            workers, or another argument is not one of those allowed.
     """
     require("shuffle", shuffle, "True or False", isinstance(shuffle, bool))
     require("seed", seed, ALLOWED_SEEDS, is_seed(seed))
     num_workers = min(CORES, 8) * shuffle if num_workers is None else num_workers
-    require("batch_size", batch_size, f"1 to {len(dataset)}, the size of the data set",
-            whole(1, len(dataset))(batch_size))
-    require("num_workers", num_workers, f"0 to {CORES}, the number of cores", whole(0, CORES)(num_workers))
-    order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if shuffle else None
+    require(
+        "batch_size",
+        batch_size,
+        f"1 to {len(dataset)}, the size of the data set",
+        whole(1, len(dataset))(batch_size),
+    )
+    require(
+        "num_workers",
+        num_workers,
+        f"0 to {CORES}, the number of cores",
+        whole(0, CORES)(num_workers),
+    )
+    order = (
+        RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if shuffle else None
+    )
     return _Loader(
-        dataset, batch_size, sampler=order, num_workers=num_workers, collate_fn=_collate,
-        persistent_workers=num_workers > 0, worker_init_fn=_init_worker,
+        dataset,
+        batch_size,
+        sampler=order,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_init_worker,
         generator=torch.Generator(),  # of the workers' own seeds, which nothing here uses
     )
 
@@ -263,8 +371,8 @@ def make_loader(dataset: Dataset, batch_size: int = 256, shuffle: bool = False, 
 class _Loader(DataLoader):
     """Makes tensors of the arrays that workers hand over.
 
-    Workers would take longer to hand over tensors, and need shared memory, of which Docker has little. After an epoch
-    that was broken off, as by Ctrl-C, the next one starts new workers.
+    Workers would take longer to hand over tensors, and need shared memory, of which Docker has
+    little. After an epoch that was broken off, as by Ctrl-C, the next one starts new workers.
     """
 
     complete = True  # whether the last epoch was
@@ -280,7 +388,9 @@ class _Loader(DataLoader):
 
 
 def _init_worker(worker):
-    """Leave Ctrl-C, which reaches every process, to the main one, and on Linux end with it if it is killed."""
+    """Leave Ctrl-C, which reaches every process, to the main one, and on Linux end with it if it is
+    killed.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
@@ -300,7 +410,11 @@ def _readable(path, md5):
     if md5 is None or not check_integrity(path, md5):
         return False
     batch = pickle.loads(path.read_bytes(), encoding="latin1")
-    return _consistent(batch["data"].reshape(-1, 3, 32, 32), batch["labels"]) if "data" in batch else True
+    return (
+        _consistent(batch["data"].reshape(-1, 3, 32, 32), batch["labels"])
+        if "data" in batch
+        else True
+    )
 
 
 def _consistent(images, labels):

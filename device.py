@@ -1,4 +1,5 @@
 """The device that the networks run on: which one, in which precision, and what it is called."""
+
 import ctypes
 import functools
 import platform
@@ -12,7 +13,9 @@ from torch import nn
 
 
 def pick_device() -> torch.device:
-    """Return the best device here: CUDA, then MPS, then CPU, for which it also calls `keep_freed_memory`."""
+    """Return the best device here: CUDA, then MPS, then CPU, for which it also calls
+    `keep_freed_memory`.
+    """
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
@@ -24,7 +27,8 @@ def pick_device() -> torch.device:
 def keep_freed_memory() -> None:
     """Set glibc's allocator of this process to keep freed memory; without glibc, do nothing.
 
-    By default it hands every large activation back to the system, which clears its pages anew for the next batch.
+    By default it hands every large activation back to the system, which clears its pages anew for
+    the next batch.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None).mallopt, -1, -4
@@ -48,13 +52,22 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
 def mixed_precision(device: torch.device) -> torch.dtype | None:
     """Return the 16-bit type to train in on this device, or None where fp32 is the better choice.
 
-    CUDA: bf16, or on older GPUs, which lack it, fp16 with scaled gradients. CPU: bf16 where it pays, with Intel's AMX
-    or AMD's AVX512-BF16; with AVX512-BF16 alone, Intel's processors are slower in it than in fp32.
+    CUDA: bf16, or on older GPUs, which lack it, fp16 with scaled gradients. CPU: bf16 where it
+    pays, with Intel's AMX or AMD's AVX512-BF16; with AVX512-BF16 alone, Intel's processors are
+    slower in it than in fp32.
     """
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
     cpu = _cpuinfo() if device.type == "cpu" else ""
-    return torch.bfloat16 if "amx_bf16" in cpu or ("avx512_bf16" in cpu and "AuthenticAMD" in cpu) else None
+    return (
+        torch.bfloat16
+        if "amx_bf16" in cpu or ("avx512_bf16" in cpu and "AuthenticAMD" in cpu)
+        else None
+    )
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -69,12 +82,18 @@ def make_scaler(device: torch.device) -> torch.amp.GradScaler:
 
 
 def hardware(device: torch.device) -> str:
-    """Return the name of the device, and of a CPU the number of threads and the precision as well."""
+    """Return the name of the device, and of a CPU the number of threads and the precision as
+    well.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return f"GPU of {platform.machine()}"
-    names = [line.split(":")[1].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip()
+        for line in _cpuinfo().splitlines()
+        if line.startswith("model name")
+    ]
     name = names[0] if names else platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads, {'bf16' if mixed_precision(device) else 'fp32'}"
 
@@ -88,5 +107,10 @@ def _cpuinfo():
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
-            "albumentations": version("albumentations"), "numpy": np.__version__}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "albumentations": version("albumentations"),
+        "numpy": np.__version__,
+    }

@@ -1,4 +1,7 @@
-"""Every setting of a run, its default, its meaning and its limits; the optimizer and the schedule that they name."""
+"""Every setting of a run, its default, its meaning and its limits; the optimizer and the schedule
+that they name.
+"""
+
 import math
 import random
 from collections.abc import Callable
@@ -15,70 +18,138 @@ from dataset import CORES, DATASETS
 from model import NETWORKS
 
 
-def setting(default: object, meaning: str, allowed: str, check: Callable[[object], bool], affects_result: bool = True):
-    """Return a field of `Recipe`: its default, what it means, what is allowed in words, and how to check that."""
-    return field(default=default, compare=affects_result,
-                 metadata={"meaning": meaning, "allowed": allowed, "check": check})
+def setting(
+    default: object,
+    meaning: str,
+    allowed: str,
+    check: Callable[[object], bool],
+    affects_result: bool = True,
+):
+    """Return a field of `Recipe`: its default, what it means, what is allowed in words, and how to
+    check that.
+    """
+    return field(
+        default=default,
+        compare=affects_result,
+        metadata={"meaning": meaning, "allowed": allowed, "check": check},
+    )
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Every setting of a run. `Recipe()` is the headline run, `Recipe.quick()` the short one.
 
-    Recipes are equal if they give the same result: where it is written and how many workers there are don't matter.
+    Recipes are equal if they give the same result: where it is written and how many workers there
+    are don't matter.
 
     Raises:
         ValueError: a setting is impossible. The message names it, its value and what is allowed.
     """
 
-    network: str = setting("NetDilated", "the network, by name", f"one of {', '.join(NETWORKS)}",
-                           one_of(NETWORKS))
-    data: str = setting("CIFAR-10", "the data set", f"one of {', '.join(DATASETS)}", one_of(DATASETS))
+    network: str = setting(
+        "NetDilated", "the network, by name", f"one of {', '.join(NETWORKS)}", one_of(NETWORKS)
+    )
+    data: str = setting(
+        "CIFAR-10", "the data set", f"one of {', '.join(DATASETS)}", one_of(DATASETS)
+    )
     validation_size: int = setting(
-        0, "training images that are held out, the last ones; they take the place of the test set",
-        "a whole number, 0 or more", whole(0))
-    epochs: int = setting(120, "passes over the training images", "a whole number, 1 to 100000", whole(1, 100_000))
+        0,
+        "training images that are held out, the last ones; they take the place of the test set",
+        "a whole number, 0 or more",
+        whole(0),
+    )
+    epochs: int = setting(
+        120, "passes over the training images", "a whole number, 1 to 100000", whole(1, 100_000)
+    )
     batch_size: int = setting(256, "images a step", "a whole number, 2 or more", whole(2))
-    optimizer: str = setting("Muon", "Muon, or SGD with Nesterov momentum", "SGD or Muon",
-                             one_of(("SGD", "Muon")))
-    max_lr: float = setting(0.3, "the peak of the learning rate; updates by Muon take a tenth of it",
-                            "a number above 0", positive)
-    warmup: float = setting(0.25, "the share of the steps in which the learning rate rises to its peak",
-                            "a number above 0 and below 1", lambda value: positive(value) and value < 1)
+    optimizer: str = setting(
+        "Muon", "Muon, or SGD with Nesterov momentum", "SGD or Muon", one_of(("SGD", "Muon"))
+    )
+    max_lr: float = setting(
+        0.3,
+        "the peak of the learning rate; updates by Muon take a tenth of it",
+        "a number above 0",
+        positive,
+    )
+    warmup: float = setting(
+        0.25,
+        "the share of the steps in which the learning rate rises to its peak",
+        "a number above 0 and below 1",
+        lambda value: positive(value) and value < 1,
+    )
     momentum: tuple[float, float] = setting(
-        (0.85, 0.95), "the momentum at the peak of the learning rate, and at both ends of the run",
+        (0.85, 0.95),
+        "the momentum at the peak of the learning rate, and at both ends of the run",
         "a pair of numbers above 0 and below 1",
-        lambda value: (isinstance(value, tuple) and len(value) == 2
-                       and all(positive(each) and each < 1 for each in value)))
+        lambda value: (
+            isinstance(value, tuple)
+            and len(value) == 2
+            and all(positive(each) and each < 1 for each in value)
+        ),
+    )
     weight_decay: float = setting(
-        5e-4, "weight decay; with Muon, only of the weights that it leaves to SGD; none of norms and biases",
-        "a number, 0 or more", between(0))
-    augmentation: float = setting(0.5, "the probability of shift-scale-rotate, and of coarse dropout",
-                                  "a probability, 0 to 1", between(0, 1))
-    corruption: float = setting(0.2, "the probability of noise, blur or low contrast; the teacher sees the image clean",
-                                "a probability, 0 to 1", between(0, 1))
+        5e-4,
+        "weight decay; with Muon, only of the weights that it leaves to SGD; none of norms and biases",
+        "a number, 0 or more",
+        between(0),
+    )
+    augmentation: float = setting(
+        0.5,
+        "the probability of shift-scale-rotate, and of coarse dropout",
+        "a probability, 0 to 1",
+        between(0, 1),
+    )
+    corruption: float = setting(
+        0.2,
+        "the probability of noise, blur or low contrast; the teacher sees the image clean",
+        "a probability, 0 to 1",
+        between(0, 1),
+    )
     sizes: tuple[int, ...] = setting(
-        (20, 24, 28, 32), "progressive resizing: sizes of the training images, each for an equal share of the epochs",
+        (20, 24, 28, 32),
+        "progressive resizing: sizes of the training images, each for an equal share of the epochs",
         "sizes in pixels, each 8 to 1024, such as 16,32 or 32,",
-        lambda value: isinstance(value, tuple) and len(value) > 0 and all(map(whole(8, 1024), value)))
-    teacher: str | None = setting("weights/teacher", "the folder of a trained NetDilated to learn from, or None",
-                                  "None or the path of a folder", lambda value: value is None or is_folder(value))
-    distillation_weight: float = setting(0.9, "the share of the distillation loss; cross entropy has the rest",
-                                         "a number, 0 to 1", between(0, 1))
-    distillation_temperature: float = setting(4.0, "what the logits are divided by in the distillation loss",
-                                              "a number above 0", positive)
+        lambda value: (
+            isinstance(value, tuple) and len(value) > 0 and all(map(whole(8, 1024), value))
+        ),
+    )
+    teacher: str | None = setting(
+        "weights/teacher",
+        "the folder of a trained NetDilated to learn from, or None",
+        "None or the path of a folder",
+        lambda value: value is None or is_folder(value),
+    )
+    distillation_weight: float = setting(
+        0.9,
+        "the share of the distillation loss; cross entropy has the rest",
+        "a number, 0 to 1",
+        between(0, 1),
+    )
+    distillation_temperature: float = setting(
+        4.0, "what the logits are divided by in the distillation loss", "a number above 0", positive
+    )
     seed: int = setting(0, "the seed of weights, order and augmentation", ALLOWED_SEEDS, is_seed)
     num_workers: int | None = setting(
-        None, "processes that augment; None: one for each core, at most 8",
+        None,
+        "processes that augment; None: one for each core, at most 8",
         f"None, or 0 to {CORES}, the number of cores",
-        lambda value: value is None or whole(0, CORES)(value), affects_result=False)
-    folder: str = setting("weights", "where the weights, the metrics and the checkpoint of the run are written",
-                          "the path of a folder", is_folder, affects_result=False)
+        lambda value: value is None or whole(0, CORES)(value),
+        affects_result=False,
+    )
+    folder: str = setting(
+        "weights",
+        "where the weights, the metrics and the checkpoint of the run are written",
+        "the path of a folder",
+        is_folder,
+        affects_result=False,
+    )
 
     def __post_init__(self):
         for each in fields(self):
             value = getattr(self, each.name)
-            value = tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else _plain(value)  # JSON has lists
+            value = (
+                tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else _plain(value)
+            )  # JSON has lists
             value = str(value) if isinstance(value, Path) else value
             require(each.name, value, each.metadata["allowed"], each.metadata["check"](value))
             object.__setattr__(self, each.name, value)  # the dataclass is frozen
@@ -86,8 +157,20 @@ class Recipe:
     @classmethod
     def quick(cls, **changes: object) -> "Recipe":
         """Return the recipe that passes 85 % in two epochs, with some settings changed."""
-        return cls(**{"epochs": 2, "batch_size": 128, "max_lr": 0.6, "warmup": 0.15, "augmentation": 0.1,
-                      "corruption": 0.0, "sizes": (16, 32), "teacher": None, "folder": "weights/quick", **changes})
+        return cls(
+            **{
+                "epochs": 2,
+                "batch_size": 128,
+                "max_lr": 0.6,
+                "warmup": 0.15,
+                "augmentation": 0.1,
+                "corruption": 0.0,
+                "sizes": (16, 32),
+                "teacher": None,
+                "folder": "weights/quick",
+                **changes,
+            }
+        )
 
     @property
     def split(self) -> str:
@@ -95,27 +178,40 @@ class Recipe:
         return "validation" if self.validation_size else "test"
 
     def teacher_recipe(self, validation_size: int = 5000) -> "Recipe":
-        """Return the recipe of the run's teacher: three quarters of the epochs, without teacher and corruption.
+        """Return the recipe of the run's teacher: three quarters of the epochs, without teacher and
+        corruption.
 
-        It holds out images, so that a student that holds out the same ones can be evaluated on them.
+        It holds out images, so that a student that holds out the same ones can be evaluated on
+        them.
         """
         require("teacher", self.teacher, "the folder of the teacher", self.teacher is not None)
-        return replace(self, epochs=math.ceil(0.75 * self.epochs), teacher=None, corruption=0.0, folder=self.teacher,
-                       validation_size=validation_size)
+        return replace(
+            self,
+            epochs=math.ceil(0.75 * self.epochs),
+            teacher=None,
+            corruption=0.0,
+            folder=self.teacher,
+            validation_size=validation_size,
+        )
 
     def image_size(self, epoch: int) -> int:
         """Return the size in pixels of the training images in an epoch, counted from 0.
 
-        With fewer epochs than sizes, only the last sizes are used. Evaluation is always at full size. Tan
-        and Le, EfficientNetV2, https://arxiv.org/abs/2104.00298.
+        With fewer epochs than sizes, only the last sizes are used. Evaluation is always at full
+        size. Tan and Le, EfficientNetV2, https://arxiv.org/abs/2104.00298.
         """
         last = len(self.sizes) - 1
-        return self.sizes[max(epoch * len(self.sizes) // self.epochs, last - (self.epochs - 1 - epoch))]
+        return self.sizes[
+            max(epoch * len(self.sizes) // self.epochs, last - (self.epochs - 1 - epoch))
+        ]
 
     def to_json(self) -> dict[str, object]:
         """Return the settings that affect the result, in JSON's types."""
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.compare}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+        }
 
 
 def _plain(value):
@@ -133,8 +229,9 @@ def seed_everything(seed: int) -> None:
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Return the optimizer that the recipe names: SGD with Nesterov momentum, or `Muon`.
 
-    Weight decay reaches the weights, but not norms and biases. With Muon it reaches only the weights that Muon leaves
-    to SGD, those of depthwise convolutions and of the last layer: 6 % of NetDilated's parameters.
+    Weight decay reaches the weights, but not norms and biases. With Muon it reaches only the
+    weights that Muon leaves to SGD, those of depthwise convolutions and of the last layer: 6 % of
+    NetDilated's parameters.
     """
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
@@ -142,40 +239,58 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimizer == "Muon":
         mixing = [weight for weight in weights[:-1] if weight.ndim == 4 and weight.shape[1] > 1]
     decayed = [weight for weight in weights if id(weight) not in map(id, mixing)]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     if mixing:
         groups.append({"params": mixing, "weight_decay": 0.0, "orthogonal": True})
     optimizer = {"SGD": torch.optim.SGD, "Muon": Muon}[recipe.optimizer]
     return optimizer(groups, lr=recipe.max_lr, momentum=recipe.momentum[1], nesterov=True)
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> OneCycleLR:
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int
+) -> OneCycleLR:
     """Return the one-cycle schedule, which is stepped after each batch.
 
-    The learning rate rises to `max_lr` in the share `warmup` of the steps and falls to nearly zero, along cosines; the
-    momentum does the opposite. Smith and Topin, Super-convergence, https://arxiv.org/abs/1708.07120.
+    The learning rate rises to `max_lr` in the share `warmup` of the steps and falls to nearly zero,
+    along cosines; the momentum does the opposite. Smith and Topin, Super-convergence,
+    https://arxiv.org/abs/1708.07120.
 
     Raises:
         ValueError: the run has fewer than three steps.
     """
     (low, high), steps = recipe.momentum, recipe.epochs * steps_per_epoch
-    require("the number of steps", steps, "more epochs or a smaller batch_size, for 3 steps at least", steps > 2)
+    require(
+        "the number of steps",
+        steps,
+        "more epochs or a smaller batch_size, for 3 steps at least",
+        steps > 2,
+    )
     warmup = max(recipe.warmup, 2 / steps)  # a rise of one step would divide by zero
-    return OneCycleLR(optimizer, recipe.max_lr, total_steps=steps, pct_start=warmup, base_momentum=low,
-                      max_momentum=high)
+    return OneCycleLR(
+        optimizer,
+        recipe.max_lr,
+        total_steps=steps,
+        pct_start=warmup,
+        base_momentum=low,
+        max_momentum=high,
+    )
 
 
 class Muon(torch.optim.SGD):
     """SGD whose updates of the parameters in "orthogonal" groups are nearly orthogonal matrices.
 
-    Such a parameter is the weight of a convolution that mixes channels. Its update is the Nesterov momentum, made
-    nearly orthogonal, times `ratio` of the learning rate. So directions of small gradients change as fast as the
-    others. For mirrored pairs of channels, that is the update of the shared weight, not of the whole kernel. Jordan et
-    al., https://kellerjordan.github.io/posts/muon/ (`torch.optim.Muon` takes no convolutions).
+    Such a parameter is the weight of a convolution that mixes channels. Its update is the Nesterov
+    momentum, made nearly orthogonal, times `ratio` of the learning rate. So directions of small
+    gradients change as fast as the others. For mirrored pairs of channels, that is the update of
+    the shared weight, not of the whole kernel. Jordan et al.,
+    https://kellerjordan.github.io/posts/muon/ (`torch.optim.Muon` takes no convolutions).
 
-    Before each update, the Frobenius norm of the weight is set to the square root of its number of rows, as in
-    https://github.com/KellerJordan/cifar10-airbench. Its scale does not matter where batch norm follows, as everywhere
-    but in three layers of PublishedDilated.
+    Before each update, the Frobenius norm of the weight is set to the square root of its number of
+    rows, as in https://github.com/KellerJordan/cifar10-airbench. Its scale does not matter where
+    batch norm follows, as everywhere but in three layers of PublishedDilated.
     """
 
     ratio = 0.1
@@ -184,9 +299,17 @@ class Muon(torch.optim.SGD):
     def step(self):
         """Update all parameters that have a gradient. There is no `closure`."""
         for group in self.param_groups:
-            parameters = [each for each in group["params"] if group.get("orthogonal") and each.grad is not None]
+            parameters = [
+                each
+                for each in group["params"]
+                if group.get("orthogonal") and each.grad is not None
+            ]
             for shape in {each.shape for each in parameters}:
-                self._update([each for each in parameters if each.shape == shape], group["momentum"], group["lr"])
+                self._update(
+                    [each for each in parameters if each.shape == shape],
+                    group["momentum"],
+                    group["lr"],
+                )
         super().step()
 
     def _update(self, parameters, momentum, lr):
@@ -199,12 +322,13 @@ class Muon(torch.optim.SGD):
             parameter.grad = None  # SGD passes over it
         updates = zeropower_via_newtonschulz5(torch.stack(directions))
         for parameter, update in zip(parameters, updates, strict=True):
-            parameter.mul_(len(parameter)**0.5 / parameter.norm())
+            parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
             parameter.sub_(update.view_as(parameter), alpha=self.ratio * lr)
 
 
 def zeropower_via_newtonschulz5(matrices: torch.Tensor) -> torch.Tensor:
-    """Return (..., M, N) matrices with their singular values brought near 1, to 0.6 to 1.3 where they are not tiny.
+    """Return (..., M, N) matrices with their singular values brought near 1, to 0.6 to 1.3 where
+    they are not tiny.
 
     Five steps of Jordan's Newton-Schulz iteration, https://kellerjordan.github.io/posts/muon/.
     """

@@ -1,10 +1,12 @@
-"""What each idea is worth: runs on the first training images, evaluated on the last ones, which are held out.
+"""What each idea is worth: runs on the first training images, evaluated on the last ones, which are
+held out.
 
-`python -m benchmarks.ablations` makes the rows of `RECIPES` that benchmarks/ablations.json lacks. With names of rows as
-arguments it makes those, in every table that has them, and replaces what the file says of them. An interrupted run in
-checkpoints/ablations goes on, a finished one is loaded: remove its folder to train it again. ablations.md says
-where the other rows of that file come from.
+`python -m benchmarks.ablations` makes the rows of `RECIPES` that benchmarks/ablations.json lacks.
+With names of rows as arguments it makes those, in every table that has them, and replaces what the
+file says of them. An interrupted run in checkpoints/ablations goes on, a finished one is loaded:
+remove its folder to train it again. ablations.md says where the other rows of that file come from.
 """
+
 import json
 import sys
 from collections.abc import Callable
@@ -49,8 +51,11 @@ RECIPES = {  # table -> row -> recipe
 }
 
 
-def main(names: list[str], output: Path = HERE / "ablations.json",
-         folder: Path = HERE.parent / "checkpoints" / "ablations") -> None:
+def main(
+    names: list[str],
+    output: Path = HERE / "ablations.json",
+    folder: Path = HERE.parent / "checkpoints" / "ablations",
+) -> None:
     """Make the rows of these names, or all that are missing, and write each as soon as it is there.
 
     Raises:
@@ -79,8 +84,19 @@ def read(output: Path) -> dict[str, dict[str, dict]]:
 def make_row(recipe: Recipe, build: Callable[[], nn.Module] | None = None) -> dict:
     """Train by the recipe, and return its row. `build` makes another network than the recipe's."""
     model, metrics = run(recipe, build)
-    row = {key: metrics[key] for key in ("parameters", "macs", "train_accuracy", "validation_accuracy",
-                                         "validation_loss", "hardware", "date", "recipe")}
+    row = {
+        key: metrics[key]
+        for key in (
+            "parameters",
+            "macs",
+            "train_accuracy",
+            "validation_accuracy",
+            "validation_loss",
+            "hardware",
+            "date",
+            "recipe",
+        )
+    }
     held_out = load_dataset("validation", recipe.data, recipe.validation_size)
     accuracies = accuracy_under_corruptions(model, held_out)
     return {**row, "mean_accuracy_under_corruptions": mean_accuracy_under_corruptions(accuracies)}

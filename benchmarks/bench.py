@@ -1,9 +1,12 @@
-"""How fast: `python -m benchmarks.bench` measures both sides of every comparison, in turn, in one run.
+"""How fast: `python -m benchmarks.bench` measures both sides of every comparison, in turn, in one
+run.
 
-It prints tables and writes them to benchmarks/bench.json. Rates are medians of the repeats, with their minimum and
-maximum. Ratios are medians of the ratios within each repeat, so that a machine that slows down slows both sides. Each
-side of the training step is a process of its own, since memory settings and peaks are a process's.
+It prints tables and writes them to benchmarks/bench.json. Rates are medians of the repeats, with
+their minimum and maximum. Ratios are medians of the ratios within each repeat, so that a machine
+that slows down slows both sides. Each side of the training step is a process of its own, since
+memory settings and peaks are a process's.
 """
+
 import argparse
 import contextlib
 import json
@@ -55,10 +58,18 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--output", type=Path, default=HERE / "bench.json")
     options = parser.parse_args(arguments)
     device = options.device = pick_device()
-    results = {"hardware": hardware(device), "data": options.data, "date": date.today().isoformat(),
-               "versions": versions(), "repeats": options.repeats, "seconds": options.seconds}
+    results = {
+        "hardware": hardware(device),
+        "data": options.data,
+        "date": date.today().isoformat(),
+        "versions": versions(),
+        "repeats": options.repeats,
+        "seconds": options.seconds,
+    }
     print(f"{results['hardware']}, {options.data}, medians of {options.repeats}")
-    load_dataset("train", options.data)  # if the data are missing, it is said before anything is measured
+    load_dataset(
+        "train", options.data
+    )  # if the data are missing, it is said before anything is measured
     results["training step"] = training_step(options)
     results["whole runs, minutes"] = whole_runs(results["training step"], HERE / "quick.json")
     results["input pipeline"] = input_pipeline(options)
@@ -72,8 +83,11 @@ def main(arguments: list[str] | None = None) -> dict:
 
 # ---------------------------------------------------------------- training step
 
+
 def training_step(options: argparse.Namespace) -> dict:
-    """Images a second of each side, measured in turn, peak memory, and how many times faster ours is."""
+    """Images a second of each side, measured in turn, peak memory, and how many times faster ours
+    is.
+    """
     sides = {name: serve(serve_side, options, *side) for name, side in SIDES.items()}
     rates = {name: [] for name in sides}
     for _ in range(options.repeats):
@@ -84,9 +98,16 @@ def training_step(options: argparse.Namespace) -> dict:
     print(f"\n{'training step':40} images/s     min      max  peak MB  ours is faster")
     for name, pipe in sides.items():
         pipe.send("memory")
-        rows[name] = {**spread(rates[name]), "peak_mb": pipe.recv(),
-                      "speedup": median_ratio(rates[OURS], rates[name])}
-        print("{:40} {:8.0f} {:7.0f} {:8.0f} {:8.0f} {:10.2f} times".format(name, *rows[name].values()))
+        rows[name] = {
+            **spread(rates[name]),
+            "peak_mb": pipe.recv(),
+            "speedup": median_ratio(rates[OURS], rates[name]),
+        }
+        print(
+            "{:40} {:8.0f} {:7.0f} {:8.0f} {:8.0f} {:10.2f} times".format(
+                name, *rows[name].values()
+            )
+        )
         pipe.send(None)
     return rows
 
@@ -106,26 +127,39 @@ def serve_side(pipe, options, network, batch_size, recipe):
             pipe.send(torch.cuda.max_memory_allocated() / 2**20)
         else:
             import resource  # which Windows lacks
+
             unit = 2**20 if sys.platform == "darwin" else 2**10
             pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 def our_steps(model: torch.nn.Module, batch_size: int, recipe: Recipe) -> Callable[[], None]:
-    """Return a function that trains the model for one step at each image size of the recipe, on one random batch."""
+    """Return a function that trains the model for one step at each image size of the recipe, on one
+    random batch.
+    """
     device = next(model.parameters()).device
     to_device(model, device)
-    batch = torch.randint(256, (batch_size, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (batch_size,))
+    batch = (
+        torch.randint(256, (batch_size, 32, 32, 3), dtype=torch.uint8),
+        torch.randint(10, (batch_size,)),
+    )
     optimizer = make_optimizer(model, recipe)
     teacher = to_device(build_network("NetDilated"), device).eval() if recipe.teacher else None
     sizes = [recipe.image_size(epoch) for epoch in range(recipe.epochs)]
     epochs = [sizes.index(size) for size in dict.fromkeys(recipe.sizes)]
-    return lambda: [utils.train(model, [batch], recipe, epoch, optimizer, teacher=teacher) for epoch in epochs]
+    return lambda: [
+        utils.train(model, [batch], recipe, epoch, optimizer, teacher=teacher) for epoch in epochs
+    ]
 
 
 def plain_steps(model: torch.nn.Module, batch_size: int) -> Callable[[], None]:
-    """Return a function that makes one training step as most PyTorch programs do: fp32, channels first, SGD."""
+    """Return a function that makes one training step as most PyTorch programs do: fp32, channels
+    first, SGD.
+    """
     device = next(model.parameters()).device
-    images, labels = torch.randn(batch_size, 3, 32, 32).to(device), torch.randint(10, (batch_size,)).to(device)
+    images, labels = (
+        torch.randn(batch_size, 3, 32, 32).to(device),
+        torch.randint(10, (batch_size,)).to(device),
+    )
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
 
     def step():
@@ -140,24 +174,39 @@ def plain_steps(model: torch.nn.Module, batch_size: int) -> Callable[[], None]:
 
 # ---------------------------------------------------------------- whole runs
 
-def whole_runs(steps: dict, path: Path) -> dict | None:
-    """Minutes of the training steps: to 85 % by the quick recipe and as published, and of the headline and its teacher.
 
-    That the quick recipe passes 85 % is known from its three runs, which `benchmarks/quick.py` made.
+def whole_runs(steps: dict, path: Path) -> dict | None:
+    """Minutes of the training steps: to 85 % by the quick recipe and as published, and of the
+    headline and its teacher.
+
+    That the quick recipe passes 85 % is known from its three runs, which `benchmarks/quick.py`
+    made.
     """
     quick = json.loads(path.read_text()) if path.exists() else {"runs": []}
-    if not quick["runs"] or quick["mean_test_accuracy"] < 85 or any(
-            run["recipe"] != Recipe.quick(seed=run["recipe"]["seed"]).to_json() for run in quick["runs"]):
-        print(f"\nwhole runs: {path.name} is missing, of another recipe or below 85 %: run `python -m "
-              "benchmarks.quick` first")
+    if (
+        not quick["runs"]
+        or quick["mean_test_accuracy"] < 85
+        or any(
+            run["recipe"] != Recipe.quick(seed=run["recipe"]["seed"]).to_json()
+            for run in quick["runs"]
+        )
+    ):
+        print(
+            f"\nwhole runs: {path.name} is missing, of another recipe or below 85 %: run `python -m "
+            "benchmarks.quick` first"
+        )
         return None
-    images = {name: SIDES[name][2].epochs * (50_000 - SIDES[name][2].validation_size)
-              for name in (QUICK, HEADLINE, TEACHER)} | {PUBLISHED: PUBLISHED_EPOCHS * 50_000}
+    images = {
+        name: SIDES[name][2].epochs * (50_000 - SIDES[name][2].validation_size)
+        for name in (QUICK, HEADLINE, TEACHER)
+    } | {PUBLISHED: PUBLISHED_EPOCHS * 50_000}
     minutes = {name: count / steps[name]["median"] / 60 for name, count in images.items()}
-    runs = {"NetDilated, quick recipe, to 85 %": minutes[QUICK],
-            f"NetDilated, headline run of {SIDES[HEADLINE][2].epochs} epochs and its teacher of "
-            f"{SIDES[TEACHER][2].epochs}": minutes[HEADLINE] + minutes[TEACHER],
-            f"{PUBLISHED}, to 85 %": minutes[PUBLISHED]}
+    runs = {
+        "NetDilated, quick recipe, to 85 %": minutes[QUICK],
+        f"NetDilated, headline run of {SIDES[HEADLINE][2].epochs} epochs and its teacher of "
+        f"{SIDES[TEACHER][2].epochs}": minutes[HEADLINE] + minutes[TEACHER],
+        f"{PUBLISHED}, to 85 %": minutes[PUBLISHED],
+    }
     print(f"\n{'whole runs':66} minutes")
     for name, value in runs.items():
         print(f"{name:66} {value:7.1f}")
@@ -166,12 +215,15 @@ def whole_runs(steps: dict, path: Path) -> dict | None:
 
 # ---------------------------------------------------------------- input pipeline
 
+
 class PerImageDataset(Dataset):
     """The usual pattern: normalise and convert each image by itself."""
 
     def __init__(self, data, targets):
         self.data, self.targets = data, targets
-        self.transform = A.Compose([*train_transform().transforms, A.Normalize(MEAN, STD), A.ToTensorV2()])
+        self.transform = A.Compose(
+            [*train_transform().transforms, A.Normalize(MEAN, STD), A.ToTensorV2()]
+        )
 
     def __len__(self):
         return len(self.data)
@@ -181,7 +233,9 @@ class PerImageDataset(Dataset):
 
 
 def input_pipeline(options: argparse.Namespace) -> dict:
-    """Images a second that loaders deliver, against as many processes that only call albumentations in a loop."""
+    """Images a second that loaders deliver, against as many processes that only call albumentations
+    in a loop.
+    """
     train_set = load_dataset("train", options.data)
     images = range(min(options.images, len(train_set)))
     usual = PerImageDataset(train_set.data, train_set.targets)
@@ -190,11 +244,23 @@ def input_pipeline(options: argparse.Namespace) -> dict:
     for workers in range(1, min(2, CORES) + 1):
         number = f"{workers} worker{'s' * (workers > 1)}"
         limit = f"albumentations alone, {number}"
-        sides[limit] = bare(train_set.data[:len(images)], workers)
-        for name, loader in (("ours", make_loader(ours, batch_size, True, workers)),
-                             ("normalised per image", DataLoader(per_image, batch_size, shuffle=True,
-                                                                 num_workers=workers, persistent_workers=True))):
-            sides[f"{name}, {number}"] = lambda loader=loader: sum(len(labels) for _, labels in loader)
+        sides[limit] = bare(train_set.data[: len(images)], workers)
+        for name, loader in (
+            ("ours", make_loader(ours, batch_size, True, workers)),
+            (
+                "normalised per image",
+                DataLoader(
+                    per_image,
+                    batch_size,
+                    shuffle=True,
+                    num_workers=workers,
+                    persistent_workers=True,
+                ),
+            ),
+        ):
+            sides[f"{name}, {number}"] = lambda loader=loader: sum(
+                len(labels) for _, labels in loader
+            )
         limits |= dict.fromkeys(list(sides)[-3:], limit)
     for deliver in sides.values():
         deliver()  # starts the workers
@@ -213,7 +279,9 @@ def input_pipeline(options: argparse.Namespace) -> dict:
 
 
 def bare(images, workers: int) -> Callable[[], int]:
-    """Return a function that has so many processes each augment all of the images, and returns how many that were."""
+    """Return a function that has so many processes each augment all of the images, and returns how
+    many that were.
+    """
     pipes = [serve(serve_bare, images) for _ in range(workers)]
 
     def deliver():
@@ -253,34 +321,54 @@ def waiting(options: argparse.Namespace, device: torch.device) -> float:
 
     start = time.perf_counter()
     utils.train(model, watched(), PLAIN, 0, make_optimizer(model, PLAIN))
-    share = 100 * sum(waits[1:]) / (time.perf_counter() - start - waits[0])  # the first one starts the workers
-    print(f"\nwaiting for data: {share:.1f} % of the training loop's time, {loader.num_workers} workers")
+    share = (
+        100 * sum(waits[1:]) / (time.perf_counter() - start - waits[0])
+    )  # the first one starts the workers
+    print(
+        f"\nwaiting for data: {share:.1f} % of the training loop's time, {loader.num_workers} workers"
+    )
     return share
 
 
 # ---------------------------------------------------------------- evaluation and arithmetic
 
+
 def evaluation(options: argparse.Namespace, device: torch.device) -> dict:
     """Seconds to test the network on the test set."""
     test_set = load_dataset("test", options.data)
-    loader = make_loader(Subset(test_set, range(min(options.images, len(test_set)))), min(500, options.images))
+    loader = make_loader(
+        Subset(test_set, range(min(options.images, len(test_set)))), min(500, options.images)
+    )
     model = to_device(build_network("NetDilated"), device)
     row = spread([seconds(lambda: utils.test(model, loader)) for _ in range(options.repeats)])
-    print("\nevaluation of {:,} images: {:.1f} s, {:.1f} to {:.1f}".format(len(loader.dataset), *row.values()))
+    print(
+        "\nevaluation of {:,} images: {:.1f} s, {:.1f} to {:.1f}".format(
+            len(loader.dataset), *row.values()
+        )
+    )
     return {"images": len(loader.dataset), **row}
 
 
 def arithmetic(steps: dict, device: torch.device, side: int = 4096) -> dict:
-    """The arithmetic rate of our training step against that of a large matrix product in the same type.
+    """The arithmetic rate of our training step against that of a large matrix product in the same
+    type.
 
-    A step is counted as its multiply-accumulates forward, and twice that backward, of two operations each.
+    A step is counted as its multiply-accumulates forward, and twice that backward, of two
+    operations each.
     """
     dtype = mixed_precision(device) or torch.float32
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = 2 * side**3 / min(seconds(lambda: a @ b) for _ in range(5)) / 1e9
     step = 6 * count_macs(build_network("NetDilated")) * steps[OURS]["median"] / 1e9
-    print(f"\ntraining step: {step:.0f} GFLOP/s, {step / product:.0%} of a matrix product's {product:.0f} in {dtype}")
-    return {"training step": step, "matrix product": product, "type": str(dtype), "share": step / product}
+    print(
+        f"\ntraining step: {step:.0f} GFLOP/s, {step / product:.0%} of a matrix product's {product:.0f} in {dtype}"
+    )
+    return {
+        "training step": step,
+        "matrix product": product,
+        "type": str(dtype),
+        "share": step / product,
+    }
 
 
 def serve(target: Callable, *arguments):
@@ -294,7 +382,9 @@ def serve(target: Callable, *arguments):
 
 
 def seconds(function: Callable, least: float = 0) -> float:
-    """Time calls for at least so many seconds, on all cores (a Timer's own default is one); return the median."""
+    """Time calls for at least so many seconds, on all cores (a Timer's own default is one); return
+    the median.
+    """
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=least).median
 

@@ -1,7 +1,9 @@
-"""The quick recipe with three seeds, whose mean test accuracy passes 85 %: writes benchmarks/quick.json.
+"""The quick recipe with three seeds, whose mean test accuracy passes 85 %: writes
+benchmarks/quick.json.
 
 `python -m benchmarks.quick` goes on where it was interrupted.
 """
+
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +15,24 @@ from train import run
 HERE = Path(__file__).resolve().parent
 
 
-def main(recipe: Recipe = Recipe.quick(), seeds: tuple[int, ...] = (0, 1, 2),  # noqa: B008
-         output: Path = HERE / "quick.json", folder: Path = HERE.parent / "checkpoints" / "quick") -> None:
+def main(
+    recipe: Recipe = Recipe.quick(),
+    seeds: tuple[int, ...] = (0, 1, 2),  # noqa: B008
+    output: Path = HERE / "quick.json",
+    folder: Path = HERE.parent / "checkpoints" / "quick",
+) -> None:
     """Run the recipe with each seed and write the metrics of all runs."""
     runs = [run(replace(recipe, seed=seed, folder=f"{folder}-{seed}"))[1] for seed in seeds]
     accuracies = [metrics["test_accuracy"] for metrics in runs]
-    result = {"mean_test_accuracy": statistics.mean(accuracies), "standard_deviation": statistics.stdev(accuracies),
-              "runs": runs}
+    result = {
+        "mean_test_accuracy": statistics.mean(accuracies),
+        "standard_deviation": statistics.stdev(accuracies),
+        "runs": runs,
+    }
     write_json(output, result)
-    print(f"seeds {seeds}: {result['mean_test_accuracy']:.2f} ± {result['standard_deviation']:.2f} %")
+    print(
+        f"seeds {seeds}: {result['mean_test_accuracy']:.2f} ± {result['standard_deviation']:.2f} %"
+    )
 
 
 if __name__ == "__main__":

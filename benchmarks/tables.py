@@ -1,7 +1,9 @@
 """The tables and charts of the README and of benchmarks/, from the committed files: `make tables`.
 
-A table stands between `<!-- NAME -->` and `<!-- end -->` in a Markdown file, where NAME is one of `TABLES`.
+A table stands between `<!-- NAME -->` and `<!-- end -->` in a Markdown file, where NAME is one of
+`TABLES`.
 """
+
 import json
 import re
 import statistics
@@ -39,22 +41,30 @@ def main() -> None:
 
 def updated(text: str) -> str:
     """Return the text of a Markdown file with its tables made anew."""
+
     def replace(match: re.Match) -> str:
         require("name of a table", match[1], f"one of {', '.join(TABLES)}", match[1] in TABLES)
         return f"<!-- {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
     return re.sub(r"<!-- (\S+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
 # ---------------------------------------------------------------- results
 
+
 def runs() -> list[dict]:
     """Return the metrics of the headline runs that are finished, in the order of their seeds."""
     folders = [WEIGHTS, *(path.parent for path in WEIGHTS.glob("seed-*/NetDilated.json"))]
-    return sorted((load_metrics("NetDilated", folder) for folder in folders), key=lambda run: run["recipe"]["seed"])
+    return sorted(
+        (load_metrics("NetDilated", folder) for folder in folders),
+        key=lambda run: run["recipe"]["seed"],
+    )
 
 
 def mean_and_deviation() -> str:
-    """Return the mean test accuracy of the seeds in percent, with its standard deviation if there are several."""
+    """Return the mean test accuracy of the seeds in percent, with its standard deviation if there
+    are several.
+    """
     accuracies = [metrics["test_accuracy"] for metrics in runs()]
     deviation = f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
     return f"{statistics.mean(accuracies):.2f}{deviation}"
@@ -62,36 +72,74 @@ def mean_and_deviation() -> str:
 
 def headline() -> str:
     """The result in two sentences."""
-    broken = [rule for rule, _, verdict in check_rules(NetDilated(), train_transform()) if verdict != HOLDS]
+    broken = [
+        rule
+        for rule, _, verdict in check_rules(NetDilated(), train_transform())
+        if verdict != HOLDS
+    ]
     kept = f"broken rules: {', '.join(broken)}" if broken else "every rule of the assignment kept"
     if not (accuracies := runs()[0].get("accuracy_under_corruptions")):
-        raise ValueError("weights/NetDilated.json has no accuracy_under_corruptions: `make train` adds it")
+        raise ValueError(
+            "weights/NetDilated.json has no accuracy_under_corruptions: `make train` adds it"
+        )
     clean, corrupted = accuracies["noise"][0], mean_accuracy_under_corruptions(accuracies)
     unseen = mean_accuracy_under_corruptions(accuracies, ["JPEG", "brightness"])
     seeds = f"{len(runs())} seeds" if len(runs()) > 1 else "one run"
-    return (f"**{mean_and_deviation()} % test accuracy**, {seeds}, {runs()[0]['parameters']:,} parameters, {kept}."
-            f"\n{corrupted:.1f} % on average under our corruptions, {unseen:.1f} % under the kinds not in its training "
-            f"(seed 0, 2,000 images, clean {clean:.1f}).")
+    return (
+        f"**{mean_and_deviation()} % test accuracy**, {seeds}, {runs()[0]['parameters']:,} parameters, {kept}."
+        f"\n{corrupted:.1f} % on average under our corruptions, {unseen:.1f} % under the kinds not in its training "
+        f"(seed 0, 2,000 images, clean {clean:.1f})."
+    )
 
 
 def results() -> str:
     """The headline runs, and the three networks after equal epochs without a teacher."""
     first = runs()[0]
-    rows = [("NetDilated, headline recipe", f"{first['parameters']:,}", f"{first['macs'] / 1e6:.1f}",
-             str(first["recipe"]["epochs"]), f"**{mean_and_deviation()}**", "")]
+    rows = [
+        (
+            "NetDilated, headline recipe",
+            f"{first['parameters']:,}",
+            f"{first['macs'] / 1e6:.1f}",
+            str(first["recipe"]["epochs"]),
+            f"**{mean_and_deviation()}**",
+            "",
+        )
+    ]
     for name in NETWORKS:
         metrics = load_metrics(name, EQUAL_EPOCHS)
-        published = f"{PUBLISHED[name][1]} in {PUBLISHED[name][0]} epochs" if name in PUBLISHED else ""
-        rows.append((name, f"{metrics['parameters']:,}", f"{metrics['macs'] / 1e6:.1f}",
-                     str(metrics["recipe"]["epochs"]), f"{metrics['test_accuracy']:.2f}", published))
-    head = ("network", "parameters:", "MACs, M:", "epochs:", "test accuracy %:", "published result, %")
+        published = (
+            f"{PUBLISHED[name][1]} in {PUBLISHED[name][0]} epochs" if name in PUBLISHED else ""
+        )
+        rows.append(
+            (
+                name,
+                f"{metrics['parameters']:,}",
+                f"{metrics['macs'] / 1e6:.1f}",
+                str(metrics["recipe"]["epochs"]),
+                f"{metrics['test_accuracy']:.2f}",
+                published,
+            )
+        )
+    head = (
+        "network",
+        "parameters:",
+        "MACs, M:",
+        "epochs:",
+        "test accuracy %:",
+        "published result, %",
+    )
     return markdown_table(head, rows)
 
 
 def seeds() -> str:
     """Each run of the headline recipe."""
-    return markdown_table(("seed", "test accuracy %:", "test loss:"), [
-        (str(run["recipe"]["seed"]), f"{run['test_accuracy']:.2f}", f"{run['test_loss']:.4f}") for run in runs()])
+    return markdown_table(
+        ("seed", "test accuracy %:", "test loss:"),
+        [
+            (str(run["recipe"]["seed"]), f"{run['test_accuracy']:.2f}", f"{run['test_loss']:.4f}")
+            for run in runs()
+        ],
+    )
 
 
 def constraints() -> str:
@@ -99,19 +147,26 @@ def constraints() -> str:
     rows = [(rule, measured) for rule, measured, _ in check_rules(NetDilated(), train_transform())]
     rows.append(("at least 85 % test accuracy", f"{mean_and_deviation()} %"))
     difference = mirror_difference()
-    rows.append(("*not asked:* the same logits for an image and its mirror image",
-                 "up to rounding" if difference < 1e-4 else f"they differ by {difference:.0e}"))
+    rows.append(
+        (
+            "*not asked:* the same logits for an image and its mirror image",
+            "up to rounding" if difference < 1e-4 else f"they differ by {difference:.0e}",
+        )
+    )
     return markdown_table(("constraint", "measured"), rows)
 
 
 def mirror_difference() -> float:
-    """Return by how much the logits of the sample's test images and of their mirror images differ at most."""
+    """Return by how much the logits of the sample's test images and of their mirror images differ
+    at most.
+    """
     model, images = load("NetDilated", WEIGHTS)[0], normalise(load_dataset("test", "sample").data)
     with torch.no_grad():
         return (model(images) - model(images.flip(3))).abs().max().item()
 
 
 # ---------------------------------------------------------------- speed
+
 
 def bench() -> dict:
     """Return the measurements of `make bench`."""
@@ -120,9 +175,19 @@ def bench() -> dict:
 
 def training_step() -> str:
     """Images a second of the training step."""
-    return markdown_table(("training step", "images/s:", "min to max:", "peak MB:", "first row / this:"), [
-        (name, f"{row['median']:.0f}", f"{row['min']:.0f} to {row['max']:.0f}", f"{row['peak_mb']:.0f}",
-         f"{row['speedup']:.2f}x") for name, row in bench()["training step"].items()])
+    return markdown_table(
+        ("training step", "images/s:", "min to max:", "peak MB:", "first row / this:"),
+        [
+            (
+                name,
+                f"{row['median']:.0f}",
+                f"{row['min']:.0f} to {row['max']:.0f}",
+                f"{row['peak_mb']:.0f}",
+                f"{row['speedup']:.2f}x",
+            )
+            for name, row in bench()["training step"].items()
+        ],
+    )
 
 
 def whole_runs() -> str:
@@ -131,38 +196,69 @@ def whole_runs() -> str:
     if not rows:  # see bench.whole_runs
         return "not measured: the quick recipe comes first, `python -m benchmarks.quick`"
     quick = next(iter(rows.values()))
-    return markdown_table(("run", "minutes:", "times the quick recipe's:"), [
-        (name, f"{minutes:,.{0 if minutes > 10 else 1}f}", f"{minutes / quick:.0f}x")
-        for name, minutes in rows.items()])
+    return markdown_table(
+        ("run", "minutes:", "times the quick recipe's:"),
+        [
+            (name, f"{minutes:,.{0 if minutes > 10 else 1}f}", f"{minutes / quick:.0f}x")
+            for name, minutes in rows.items()
+        ],
+    )
 
 
 def input_pipeline() -> str:
     """Images a second of the loaders."""
-    return markdown_table(("input pipeline", "images/s:", "min to max:", "of albumentations alone:"), [
-        (name, f"{row['median']:,.0f}", f"{row['min']:,.0f} to {row['max']:,.0f}", f"{row['of_the_limit']:.0%}")
-        for name, row in bench()["input pipeline"].items()])
+    return markdown_table(
+        ("input pipeline", "images/s:", "min to max:", "of albumentations alone:"),
+        [
+            (
+                name,
+                f"{row['median']:,.0f}",
+                f"{row['min']:,.0f} to {row['max']:,.0f}",
+                f"{row['of_the_limit']:.0%}",
+            )
+            for name, row in bench()["input pipeline"].items()
+        ],
+    )
 
 
 def other_measurements() -> str:
     """The other measurements."""
     measured, rate = bench(), bench()["rate of arithmetic, GFLOP/s"]
     evaluation = measured["evaluation, seconds"]
-    return markdown_table(("measured", "value:"), [
-        ("hardware", measured["hardware"]), ("torch", measured["versions"]["torch"]), ("date", measured["date"]),
-        ("the loop waits for data", f"{measured['waiting for data, %']:.1f} % of its time"),
-        (f"evaluating {evaluation['images']:,} images", f"{evaluation['median']:.1f} s"),
-        ("FLOP/s of the training step, in % of those of a large matrix product",
-         f"{rate['share']:.0%} ({rate['training step']:.0f} of {rate['matrix product']:.0f} GFLOP/s)")])
+    return markdown_table(
+        ("measured", "value:"),
+        [
+            ("hardware", measured["hardware"]),
+            ("torch", measured["versions"]["torch"]),
+            ("date", measured["date"]),
+            ("the loop waits for data", f"{measured['waiting for data, %']:.1f} % of its time"),
+            (f"evaluating {evaluation['images']:,} images", f"{evaluation['median']:.1f} s"),
+            (
+                "FLOP/s of the training step, in % of those of a large matrix product",
+                f"{rate['share']:.0%} ({rate['training step']:.0f} of {rate['matrix product']:.0f} GFLOP/s)",
+            ),
+        ],
+    )
 
 
 def quick() -> str:
     """The runs of the quick recipe."""
-    return markdown_table(("seed", "test accuracy %:", "minutes:", "hardware"), [
-        (str(run["recipe"]["seed"]), f"{run['test_accuracy']:.2f}", f"{run['seconds'] / 60:.1f}", run["hardware"])
-        for run in json.loads((HERE / "quick.json").read_text())["runs"]])
+    return markdown_table(
+        ("seed", "test accuracy %:", "minutes:", "hardware"),
+        [
+            (
+                str(run["recipe"]["seed"]),
+                f"{run['test_accuracy']:.2f}",
+                f"{run['seconds'] / 60:.1f}",
+                run["hardware"],
+            )
+            for run in json.loads((HERE / "quick.json").read_text())["runs"]
+        ],
+    )
 
 
 # ---------------------------------------------------------------- ablations
+
 
 def ablations() -> dict[str, dict[str, dict]]:
     """Return the rows of all ablations, by table."""
@@ -171,79 +267,187 @@ def ablations() -> dict[str, dict[str, dict]]:
 
 def all_ablations() -> str:
     """All ablations, a table for each schedule."""
-    head = ("variant", "parameters:", "MACs, M:", "train %:", "validation %:", "validation loss:", "corrupted %:")
-    return "\n\n".join(f"### {table}\n\n" + markdown_table(head, [
-        (name, f"{row['parameters']:,}", f"{row['macs'] / 1e6:.1f}", f"{row['train_accuracy']:.1f}",
-         f"{row['validation_accuracy']:.2f}", f"{row['validation_loss']:.3f}",
-         f"{row['mean_accuracy_under_corruptions']:.1f}" if "mean_accuracy_under_corruptions" in row else "")
-        for name, row in rows.items()]) for table, rows in ablations().items())
+    head = (
+        "variant",
+        "parameters:",
+        "MACs, M:",
+        "train %:",
+        "validation %:",
+        "validation loss:",
+        "corrupted %:",
+    )
+    return "\n\n".join(
+        f"### {table}\n\n"
+        + markdown_table(
+            head,
+            [
+                (
+                    name,
+                    f"{row['parameters']:,}",
+                    f"{row['macs'] / 1e6:.1f}",
+                    f"{row['train_accuracy']:.1f}",
+                    f"{row['validation_accuracy']:.2f}",
+                    f"{row['validation_loss']:.3f}",
+                    f"{row['mean_accuracy_under_corruptions']:.1f}"
+                    if "mean_accuracy_under_corruptions" in row
+                    else "",
+                )
+                for name, row in rows.items()
+            ],
+        )
+        for table, rows in ablations().items()
+    )
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    function.__name__: function for function in (headline, results, seeds, constraints, training_step, whole_runs,
-                                                 input_pipeline, other_measurements, quick, all_ablations)}
+    function.__name__: function
+    for function in (
+        headline,
+        results,
+        seeds,
+        constraints,
+        training_step,
+        whole_runs,
+        input_pipeline,
+        other_measurements,
+        quick,
+        all_ablations,
+    )
+}
 
 
 # ---------------------------------------------------------------- charts
 
+
 def plot_comparison(path: Path) -> plt.Figure:
-    """Draw test accuracy against parameters: the headline, the three networks of equal epochs, and references."""
+    """Draw test accuracy against parameters: the headline, the three networks of equal epochs, and
+    references.
+    """
     figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for row in json.loads((HERE / "references.json").read_text()):
-        point(axis, row["parameters"], row["test_accuracy"], row["network"], "grey", "s", right=row["label_right"])
+        point(
+            axis,
+            row["parameters"],
+            row["test_accuracy"],
+            row["network"],
+            "grey",
+            "s",
+            right=row["label_right"],
+        )
     for name, (_, accuracy) in PUBLISHED.items():
         metrics, published = load_metrics(name, EQUAL_EPOCHS), float(accuracy.split()[-1])
         parameters, retrained = metrics["parameters"], metrics["test_accuracy"]
-        axis.annotate("", (parameters, retrained), (parameters, published),
-                      arrowprops={"arrowstyle": "->", "color": BLUE})
+        axis.annotate(
+            "",
+            (parameters, retrained),
+            (parameters, published),
+            arrowprops={"arrowstyle": "->", "color": BLUE},
+        )
         point(axis, parameters, published, "", BLUE, "o", markerfacecolor="white")
-        point(axis, parameters, retrained, f"{name}, {metrics['recipe']['epochs']} epochs", BLUE, "o")
+        point(
+            axis, parameters, retrained, f"{name}, {metrics['recipe']['epochs']} epochs", BLUE, "o"
+        )
     right = load_metrics("PublishedDepthwise", EQUAL_EPOCHS)["parameters"]
-    axis.annotate("as published (the left one: more than 85)", (right, 85.1), (-18, -3),
-                  textcoords="offset points", fontsize=9, color=BLUE, ha="right")
+    axis.annotate(
+        "as published (the left one: more than 85)",
+        (right, 85.1),
+        (-18, -3),
+        textcoords="offset points",
+        fontsize=9,
+        color=BLUE,
+        ha="right",
+    )
     metrics, headline_runs = load_metrics("NetDilated", EQUAL_EPOCHS), runs()
     ours = statistics.mean(run["test_accuracy"] for run in headline_runs)
-    point(axis, metrics["parameters"], metrics["test_accuracy"],
-          f"NetDilated, {metrics['recipe']['epochs']} epochs", ORANGE, "o")
-    point(axis, metrics["parameters"], ours,
-          f"NetDilated, headline recipe, mean of {len(headline_runs)}: {ours:.2f} ", ORANGE, "*", markersize=16)
+    point(
+        axis,
+        metrics["parameters"],
+        metrics["test_accuracy"],
+        f"NetDilated, {metrics['recipe']['epochs']} epochs",
+        ORANGE,
+        "o",
+    )
+    point(
+        axis,
+        metrics["parameters"],
+        ours,
+        f"NetDilated, headline recipe, mean of {len(headline_runs)}: {ours:.2f} ",
+        ORANGE,
+        "*",
+        markersize=16,
+    )
     axis.axvline(PARAMETER_LIMIT, color="black", linewidth=1, linestyle=":", zorder=0)
     axis.text(1.015 * PARAMETER_LIMIT, 84.7, f"the limit of {PARAMETER_LIMIT:,}", fontsize=9)
-    axis.set(xscale="log", xlim=(64_000, 560_000), xlabel="parameters (logarithmic)",
-             ylabel="test accuracy, %", title="CIFAR-10 (grey: other networks, as published)")
+    axis.set(
+        xscale="log",
+        xlim=(64_000, 560_000),
+        xlabel="parameters (logarithmic)",
+        ylabel="test accuracy, %",
+        title="CIFAR-10 (grey: other networks, as published)",
+    )
     axis.set_xticks([100_000, 200_000, 400_000], ["100,000", "200,000", "400,000"])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     return finish_figure(figure, path)
 
 
-def point(axis: plt.Axes, x: float, y: float, text: str, colour: str, marker: str, right: bool = False,
-          **style: object) -> None:
+def point(
+    axis: plt.Axes,
+    x: float,
+    y: float,
+    text: str,
+    colour: str,
+    marker: str,
+    right: bool = False,
+    **style: object,
+) -> None:
     """Draw a point, with its text to the left or to the right of it."""
     axis.plot(x, y, marker, color=colour, **style)
-    axis.annotate(text, (x, y), (8 if right else -8, -3), textcoords="offset points", fontsize=9, color=colour,
-                  ha="left" if right else "right", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+    axis.annotate(
+        text,
+        (x, y),
+        (8 if right else -8, -3),
+        textcoords="offset points",
+        fontsize=9,
+        color=colour,
+        ha="left" if right else "right",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+    )
 
 
 def plot_ablations(path: Path) -> plt.Figure:
-    """Draw how many points each change is worth in ten epochs, beside the deviation of the seeds without a change."""
-    accuracies = {name: row["validation_accuracy"] for table in ("10 epochs", "10 epochs, other code")
-                  for name, row in ablations()[table].items()}
+    """Draw how many points each change is worth in ten epochs, beside the deviation of the seeds
+    without a change.
+    """
+    accuracies = {
+        name: row["validation_accuracy"]
+        for table in ("10 epochs", "10 epochs, other code")
+        for name, row in ablations()[table].items()
+    }
     unchanged = [accuracies.pop(name) for name in list(accuracies) if name.startswith("NetDilated")]
     base = statistics.mean(unchanged)
     bars = {name: accuracy - base for name, accuracy in accuracies.items()}
     figure, axis = plt.subplots(figsize=(8, 0.4 * len(bars) + 1), layout="constrained")
     names, values = zip(*sorted(bars.items(), key=lambda bar: -bar[1]), strict=True)
     names = [textwrap.fill(name, 44) for name in names]
-    drawn = axis.barh(names, values, color=[COLOURS[2] if value > 0 else ORANGE for value in values])
+    drawn = axis.barh(
+        names, values, color=[COLOURS[2] if value > 0 else ORANGE for value in values]
+    )
     axis.bar_label(drawn, [f"{value:+.2f}" for value in values], padding=3, fontsize=9)
-    axis.set(xlim=(min(values) - 0.4, max(*values, 0) + 0.4), xlabel="percentage points of validation accuracy",
-             title=f"Variants after ten epochs (unchanged: {base:.2f} %)")
+    axis.set(
+        xlim=(min(values) - 0.4, max(*values, 0) + 0.4),
+        xlabel="percentage points of validation accuracy",
+        title=f"Variants after ten epochs (unchanged: {base:.2f} %)",
+    )
     if len(unchanged) > 1:
-        error = statistics.stdev(unchanged) * (1 + 1 / len(unchanged))**0.5  # of a run's distance from their mean
+        error = (
+            statistics.stdev(unchanged) * (1 + 1 / len(unchanged)) ** 0.5
+        )  # of a run's distance from their mean
         half_width = error * scipy.stats.t.ppf(0.975, len(unchanged) - 1)
         axis.axvspan(-half_width, half_width, color="lightgrey", alpha=0.5, zorder=0)
-        axis.set_xlabel(f"{axis.get_xlabel()}\ngrey: 95 % prediction interval, unchanged ({len(unchanged)} seeds)")
+        axis.set_xlabel(
+            f"{axis.get_xlabel()}\ngrey: 95 % prediction interval, unchanged ({len(unchanged)} seeds)"
+        )
     axis.invert_yaxis()
     return finish_figure(figure, path)
 

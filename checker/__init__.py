@@ -1,1 +1,3 @@
-"""How `rules.py` measures a network: its operations, its blocks, and a folder of answers one by one."""
+"""How `rules.py` measures a network: its operations, its blocks, and a folder of answers one by
+one.
+"""

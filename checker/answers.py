@@ -1,4 +1,7 @@
-"""`python rules.py answers/*.py`: the rules on a folder of answers, each file in a process of its own."""
+"""`python rules.py answers/*.py`: the rules on a folder of answers, each file in a process of its
+own.
+"""
+
 import argparse
 import contextlib
 import csv
@@ -34,19 +37,37 @@ def main(arguments: list[str] | None = None) -> None:
         description="Check the assignment's rules on the networks in Python files, and print a table.",
         epilog="The files are executed, each in a process of its own: do not run it on files that you do not trust. "
         "Of each file, the network is Net, or else the nn.Module class that keeps the most rules, of those that can be "
-        "built without arguments.")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a Python file with a network; it is executed")
-    parser.add_argument("--csv", metavar="FILE", help="write the table with all measurements to this file, too")
-    parser.add_argument("--timeout", type=float, default=60, metavar="SECONDS", help="time for each file (default 60)")
+        "built without arguments.",
+    )
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="a Python file with a network; it is executed"
+    )
+    parser.add_argument(
+        "--csv", metavar="FILE", help="write the table with all measurements to this file, too"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=60,
+        metavar="SECONDS",
+        help="time for each file (default 60)",
+    )
     options = parser.parse_args(arguments)
     with ThreadPoolExecutor(CORES) as pool:  # each thread waits for a process
-        answers = dict(zip(options.files, pool.map(check_file, options.files, itertools.repeat(options.timeout)),
-                           strict=True))
+        answers = dict(
+            zip(
+                options.files,
+                pool.map(check_file, options.files, itertools.repeat(options.timeout)),
+                strict=True,
+            )
+        )
     print(format_answers(answers))
     if options.csv:
         try:
             with open(options.csv, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows(_answer_lines(answers, lambda row: f"{row.verdict}: {row.measured}"))
+                csv.writer(file).writerows(
+                    _answer_lines(answers, lambda row: f"{row.verdict}: {row.measured}")
+                )
         except OSError as error:
             sys.exit(f"rules.py: {options.csv} could not be written ({error.strerror})")
 
@@ -59,9 +80,13 @@ def check_file(file: str, timeout: float = 60) -> tuple[str, list[Row]] | str:
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.json")
-        process = subprocess.Popen([sys.executable, rules.__file__, CHECK_ONE, str(Path(file).resolve()), str(path)],
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, rules.__file__, CHECK_ONE, str(Path(file).resolve()), str(path)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -96,14 +121,22 @@ def _described(error):
 
 
 def _import(file):
-    """Return the module of a file. It may import its neighbours, by their names or as those of a package."""
+    """Return the module of a file. It may import its neighbours, by their names or as those of a
+    package.
+    """
     if file.suffix != ".py":
-        raise ValueError("this is no Python file (of a notebook, `jupyter nbconvert --to script` makes one)")
+        raise ValueError(
+            "this is no Python file (of a notebook, `jupyter nbconvert --to script` makes one)"
+        )
     ours = {"checker", "checkpoint", "checks", "dataset", "device", "model", "recipe", "rules"}
-    for name in [name for name in sys.modules if name.split(".")[0] in ours]:  # its neighbours may have these names
+    for name in [
+        name for name in sys.modules if name.split(".")[0] in ours
+    ]:  # its neighbours may have these names
         del sys.modules[name]
     name = file.parent.name
-    if name in sys.modules or (file.parent / f"{name}.py").exists():  # the package must not hide another module
+    if (
+        name in sys.modules or (file.parent / f"{name}.py").exists()
+    ):  # the package must not hide another module
         name = f"folder_{name}"
     package = sys.modules[name] = types.ModuleType(name)
     package.__path__ = [str(file.parent)]
@@ -115,12 +148,18 @@ def _import(file):
 
 
 def _check_module(module):
-    """Return the name and the rows of `Net`, or else of the class that keeps the most rules of those that run."""
+    """Return the name and the rows of `Net`, or else of the class that keeps the most rules of
+    those that run.
+    """
     if callable(getattr(module, "Net", None)):
         return "Net", check_rules(module.Net())
     checked, errors = {}, []
     for name, value in list(vars(module).items()):
-        if inspect.isclass(value) and issubclass(value, nn.Module) and value.__module__ == module.__name__:
+        if (
+            inspect.isclass(value)
+            and issubclass(value, nn.Module)
+            and value.__module__ == module.__name__
+        ):
             try:
                 checked[name] = check_rules(value())
             except Exception as error:  # a part of a network, or a network for other images
@@ -132,8 +171,14 @@ def _check_module(module):
 
 def _answer_lines(answers, cell):
     """Return the table of answers: a line for each file, a column for each rule."""
-    columns = list(dict.fromkeys(row.rule for answer in answers.values() if not isinstance(answer, str)
-                                 for row in answer[1]))
+    columns = list(
+        dict.fromkeys(
+            row.rule
+            for answer in answers.values()
+            if not isinstance(answer, str)
+            for row in answer[1]
+        )
+    )
     lines = [["file", "network", *columns, "error"]]
     for file, answer in answers.items():
         if isinstance(answer, str):
@@ -145,11 +190,20 @@ def _answer_lines(answers, cell):
 
 
 def format_answers(answers: dict[str, tuple[str, list[Row]] | str]) -> str:
-    """Return the verdicts of many files as a text table, and after it what was seen where one is not "holds"."""
+    """Return the verdicts of many files as a text table, and after it what was seen where one is
+    not "holds".
+    """
     lines = [line[:-1] for line in _answer_lines(answers, lambda row: row.verdict)]
     lines = [[file, *(cells if any(cells) else ["error"] * len(cells))] for file, *cells in lines]
     notes = []
     for file, answer in answers.items():
-        notes += [(file, "error", answer)] if isinstance(answer, str) else [
-            (file, row.verdict, f"{row.rule}: {row.measured}") for row in answer[1] if row.verdict != HOLDS]
+        notes += (
+            [(file, "error", answer)]
+            if isinstance(answer, str)
+            else [
+                (file, row.verdict, f"{row.rule}: {row.measured}")
+                for row in answer[1]
+                if row.verdict != HOLDS
+            ]
+        )
     return text_table(lines, most=16) + ("\n\n" + text_table(notes) if notes else "")

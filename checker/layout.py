@@ -1,4 +1,5 @@
 """The convolutions of a network, in the blocks C1 to C4, as a person would count them."""
+
 import itertools
 from typing import NamedTuple
 
@@ -14,11 +15,13 @@ Unit = tuple[Operation, ...]  # a convolution, or a depthwise one with its point
 
 # ---------------------------------------------------------------- convolutions
 
+
 def convolution_units(operations: list[Operation], early: bool = False) -> list[Unit]:
     """Return the convolutions, each as a tuple of operations.
 
-    A depthwise convolution and the pointwise one before or after it are one unit, with several depthwise ones side by
-    side as with one. Between two pointwise ones it belongs to the later one, or to the earlier one if `early`.
+    A depthwise convolution and the pointwise one before or after it are one unit, with several
+    depthwise ones side by side as with one. Between two pointwise ones it belongs to the later one,
+    or to the earlier one if `early`.
     """
     chains = {}  # place of its last operation -> places of depthwise and of pointwise ones, in turn
     for place, operation in enumerate(operations):
@@ -30,13 +33,16 @@ def convolution_units(operations: list[Operation], early: bool = False) -> list[
     units = []
     for chain in chains.values():
         single = len(chain) % 2 and _role(operations[chain[0][0]]) == "pointwise" and not early
-        parts = [chain[:1]] * single + [chain[first:first + 2] for first in range(single, len(chain), 2)]
+        parts = [chain[:1]] * single + [
+            chain[first : first + 2] for first in range(single, len(chain), 2)
+        ]
         units += [sum(part, ()) for part in parts if part]
     return [tuple(operations[place] for place in unit) for unit in sorted(units)]
 
 
 def _partners(operations, chains, operation):
-    """Return the places of the depthwise convolutions that a pointwise one works on, or the other way round.
+    """Return the places of the depthwise convolutions that a pointwise one works on, or the other
+    way round.
 
     What they work on themselves may be added to their results, as in a shortcut around them.
     """
@@ -46,7 +52,9 @@ def _partners(operations, chains, operation):
         if operations[source].kind == "resize" and operations[source].stride > 1:
             sources = operations[source].sources  # every other position of the one before
     wanted = {"pointwise": "depthwise", "depthwise": "pointwise"}.get(_role(operation))
-    partners = tuple(sorted(place for place in sources if place in chains and _role(operations[place]) == wanted))
+    partners = tuple(
+        sorted(place for place in sources if place in chains and _role(operations[place]) == wanted)
+    )
     around = set().union(*(operations[place].sources for place in partners))
     alone = len(partners) == 1 or wanted == "depthwise"
     return partners if alone and sources - set(partners) <= around else ()
@@ -60,30 +68,49 @@ def _role(operation):
 
 def describe(unit: Unit) -> str:
     """Return what a convolution is, as "pointwise + 3x3 depthwise, stride 2"."""
-    kernels = " + ".join("pointwise" if _role(each) == "pointwise" else f"{each.kernel}x{each.kernel} {_role(each)}"
-                         for each in unit)
-    return kernels + "".join(f", {name} {max(values):g}" for name, values in (
-        ("dilation", [each.dilation for each in unit if each.kernel > 1]),
-        ("stride", [each.stride for each in unit])) if max(values, default=1) > 1)
+    kernels = " + ".join(
+        "pointwise" if _role(each) == "pointwise" else f"{each.kernel}x{each.kernel} {_role(each)}"
+        for each in unit
+    )
+    return kernels + "".join(
+        f", {name} {max(values):g}"
+        for name, values in (
+            ("dilation", [each.dilation for each in unit if each.kernel > 1]),
+            ("stride", [each.stride for each in unit]),
+        )
+        if max(values, default=1) > 1
+    )
 
 
 def layers_table(model: nn.Module) -> str:
-    """Return the convolutions of a network as a Markdown table: output shape, receptive field and jump, in pixels."""
+    """Return the convolutions of a network as a Markdown table: output shape, receptive field and
+    jump, in pixels.
+    """
     rows = []
     for number, unit in enumerate(convolution_units(trace(model)), 1):
         last = unit[-1]
-        rows.append((str(number), describe(unit), f"{last.channels[1]} x {last.size[1]} x {last.size[1]}",
-                     f"{whole_pixels(last.receptive_field)}", f"{last.jump * last.stride:g}"))
+        rows.append(
+            (
+                str(number),
+                describe(unit),
+                f"{last.channels[1]} x {last.size[1]} x {last.size[1]}",
+                f"{whole_pixels(last.receptive_field)}",
+                f"{last.jump * last.stride:g}",
+            )
+        )
     return markdown_table(("", "convolution", "output", "receptive field:", "jump:"), rows)
 
 
 # ---------------------------------------------------------------- blocks
 
+
 class Layout(NamedTuple):
     """The convolutions of a network in blocks. A depthwise-separable convolution counts as one."""
 
     blocks: list[list[Unit]]
-    bonus: str = ""  # what tells the blocks of the bonus form, which has dilations in the place of strides
+    bonus: str = (
+        ""  # what tells the blocks of the bonus form, which has dilations in the place of strides
+    )
     note: str = ""
     doubt: str = ""  # what makes the blocks uncertain
 
@@ -93,13 +120,20 @@ class Layout(NamedTuple):
 
     def faults(self) -> tuple[bool, bool, bool]:
         """Say which of the three rules about blocks are broken."""
-        return (len(self.blocks) != 4, any(len(block) != 3 for block in self.blocks) or not self.blocks,
-                not self.blocks or not all(self.ends_well(block) for block in self.blocks))
+        return (
+            len(self.blocks) != 4,
+            any(len(block) != 3 for block in self.blocks) or not self.blocks,
+            not self.blocks or not all(self.ends_well(block) for block in self.blocks),
+        )
 
     def ends_well(self, block: list[Unit]) -> bool:
-        """Return whether the last convolution of a block, and no other, has stride 2, or is dilated in the bonus."""
-        return (stride_of(block[-1]) == 2 or (self.bonus and is_dilated(block[-1]) and not is_strided(block[-1]))) and (
-            not any(map(is_strided, block[:-1])))
+        """Return whether the last convolution of a block, and no other, has stride 2, or is dilated
+        in the bonus.
+        """
+        return (
+            stride_of(block[-1]) == 2
+            or (self.bonus and is_dilated(block[-1]) and not is_strided(block[-1]))
+        ) and (not any(map(is_strided, block[:-1])))
 
 
 def stride_of(unit: Unit) -> float:
@@ -120,10 +154,10 @@ def is_dilated(unit: Unit) -> bool:
 def find_blocks(operations: list[Operation]) -> Layout:
     """Return the convolutions of a network in blocks.
 
-    A block is the convolutions that begin at the same resolution; in the bonus form, which has dilated convolutions in
-    the place of some or all strides, it may end with a dilated one. The last convolution does not count if it gives the
-    logits: it is the O of C1C2C3C4O. Where a layout can be read in several ways, the one that keeps the most rules
-    counts.
+    A block is the convolutions that begin at the same resolution; in the bonus form, which has
+    dilated convolutions in the place of some or all strides, it may end with a dilated one. The
+    last convolution does not count if it gives the logits: it is the O of C1C2C3C4O. Where a layout
+    can be read in several ways, the one that keeps the most rules counts.
     """
     first = next(iter(operations), None)
     upsampled = first and first.kind == "resize" and first.stride < 1 and not first.sources
@@ -136,15 +170,25 @@ def find_blocks(operations: list[Operation]) -> Layout:
             whole.reverse()
         for some in whole:
             jumps = sorted({round(unit[0].jump, 3) for unit in some})
-            plain = Layout([[unit for unit in some if round(unit[0].jump, 3) == jump] for jump in jumps], note=note)
-            bonus = [*(Layout(blocks, "1x1 convolutions", note) for blocks in _cut_after_transitions(some)),
-                     *(Layout(blocks, "dilations", note) for blocks in _cut_at_dilations(some))]
+            plain = Layout(
+                [[unit for unit in some if round(unit[0].jump, 3) == jump] for jump in jumps],
+                note=note,
+            )
+            bonus = [
+                *(
+                    Layout(blocks, "1x1 convolutions", note)
+                    for blocks in _cut_after_transitions(some)
+                ),
+                *(Layout(blocks, "dilations", note) for blocks in _cut_at_dilations(some)),
+            ]
             bonus.sort(key=lambda layout: (sum(layout.faults()), abs(len(layout.blocks) - 4)))
             readings += [*bonus, plain] if len(jumps) == 1 else [plain, *bonus]
             readings.append(Layout(_cut_in_threes(plain.blocks), "dilations", note))
     best = min(readings, key=lambda layout: sum(layout.faults()))
-    twelve = any(len(layout.units()) == 12 for layout in readings)  # otherwise no doubt could save it
-    return best._replace(doubt=_find_doubt(operations[bool(upsampled):]) if twelve else "")
+    twelve = any(
+        len(layout.units()) == 12 for layout in readings
+    )  # otherwise no doubt could save it
+    return best._replace(doubt=_find_doubt(operations[bool(upsampled) :]) if twelve else "")
 
 
 def _is_output(units):
@@ -153,25 +197,42 @@ def _is_output(units):
 
 
 def _cut_in_threes(blocks):
-    """Return the blocks, with those of six, nine or twelve convolutions cut where each third one is dilated."""
+    """Return the blocks, with those of six, nine or twelve convolutions cut where each third one is
+    dilated.
+    """
     parts = []
     for block in blocks:
-        threes = [block[first:first + 3] for first in range(0, len(block), 3)]
+        threes = [block[first : first + 3] for first in range(0, len(block), 3)]
         whole = len(block) % 3 == 0 and all(is_dilated(three[-1]) for three in threes[:-1])
         parts += threes if whole else [block]
     return parts
 
 
 def _cut_after_transitions(units):
-    """Return the way to tell blocks by 1x1 convolutions to fewer channels, if there are dilated convolutions at all."""
+    """Return the way to tell blocks by 1x1 convolutions to fewer channels, if there are dilated
+    convolutions at all.
+    """
     if not any(map(is_dilated, units)):
         return []
-    return [_cut(units, [is_strided(unit) or (len(unit) == 1 and _role(unit[0]) == "pointwise"
-                                              and unit[0].channels[1] < unit[0].channels[0]) for unit in units[:-1]])]
+    return [
+        _cut(
+            units,
+            [
+                is_strided(unit)
+                or (
+                    len(unit) == 1
+                    and _role(unit[0]) == "pointwise"
+                    and unit[0].channels[1] < unit[0].channels[0]
+                )
+                for unit in units[:-1]
+            ],
+        )
+    ]
 
 
 def _cut_at_dilations(units):
-    """Return the ways to tell blocks by dilations: where one is applied, where it falls, where it changes.
+    """Return the ways to tell blocks by dilations: where one is applied, where it falls, where it
+    changes.
 
     There are none unless more convolutions are dilated than strided.
     """
@@ -179,9 +240,11 @@ def _cut_at_dilations(units):
     if sum(dilation > 1 for dilation in dilations) <= sum(map(is_strided, units)):
         return []
     pairs = list(zip(dilations, dilations[1:], units, strict=False))
-    cuts = [[before > 1 or is_strided(unit) for before, _, unit in pairs],
-            [before > after or is_strided(unit) for before, after, unit in pairs],
-            [before != after or is_strided(unit) for before, after, unit in pairs]]
+    cuts = [
+        [before > 1 or is_strided(unit) for before, _, unit in pairs],
+        [before > after or is_strided(unit) for before, after, unit in pairs],
+        [before != after or is_strided(unit) for before, after, unit in pairs],
+    ]
     return [_cut(units, cut) for cut in cuts]
 
 
@@ -193,7 +256,11 @@ def _cut(units, ends):
 
 def _find_doubt(operations):
     """Say what else than strides and pooling changes the size of a map, or can't be followed."""
-    shrunk = {each.jump for each in operations if each.kind in ("convolution", "pooling") and each.stride > 1}
+    shrunk = {
+        each.jump
+        for each in operations
+        if each.kind in ("convolution", "pooling") and each.stride > 1
+    }
     for each in operations:
         if each.kind == "other":
             return f"{each.name} in {place_of(each)} can't be followed"

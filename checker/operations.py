@@ -1,7 +1,9 @@
 """What a network does to an image, operation by operation, whatever its modules are called.
 
-`trace` lists the operations; `receptive_field`, `count_macs` and `count_parameters` are single figures.
+`trace` lists the operations; `receptive_field`, `count_macs` and `count_parameters` are single
+figures.
 """
+
 import contextlib
 import math
 from collections.abc import Iterator
@@ -15,7 +17,9 @@ from checker.tracer import End, Operation, Tracer
 
 
 class Run(NamedTuple):
-    """One run of a network: its operations in order, what it returned, and the parameters that it did not use."""
+    """One run of a network: its operations in order, what it returned, and the parameters that it
+    did not use.
+    """
 
     operations: list[Operation]
     result: object
@@ -25,11 +29,12 @@ class Run(NamedTuple):
 def trace(model: nn.Module, shape: tuple[int, ...] = (3, 32, 32)) -> list[Operation]:
     """Run the network on images of that shape and return its `Operation`s in order.
 
-    With every tensor goes the square of pixels that each of its elements can see. Slices and permutations move these
-    squares as they move the elements. A window adds (kernel - 1) * dilation * jump to their sides; where paths meet,
-    the square around both counts. The jump is the distance of neighbouring positions in pixels of the image. A stride
-    multiplies it; upsampling has a stride below 1. Araujo et al., Computing receptive fields of convolutional neural
-    networks, https://distill.pub/2019/computing-receptive-fields/.
+    With every tensor goes the square of pixels that each of its elements can see. Slices and
+    permutations move these squares as they move the elements. A window adds (kernel - 1) * dilation
+    * jump to their sides; where paths meet, the square around both counts. The jump is the distance
+    of neighbouring positions in pixels of the image. A stride multiplies it; upsampling has a
+    stride below 1. Araujo et al., Computing receptive fields of convolutional neural networks,
+    https://distill.pub/2019/computing-receptive-fields/.
     """
     return run_traced(model, torch.zeros(2, *shape)).operations
 
@@ -53,33 +58,51 @@ def _run(model, images, as_it_is=False):
         tracer.follow(images)
         result, unused = model(images), {}
         for name, parameter in model.named_parameters():
-            if not nn.parameter.is_lazy(parameter) and parameter.untyped_storage().data_ptr() not in tracer.memory:
+            if (
+                not nn.parameter.is_lazy(parameter)
+                and parameter.untyped_storage().data_ptr() not in tracer.memory
+            ):
                 module = name.rpartition(".")[0] or name
                 unused[module] = unused.get(module, 0) + parameter.numel()
         return Run(tracer.operations, result, unused)
 
 
 def receptive_field(model: nn.Module) -> int | float:
-    """Return the theoretical receptive field, in whole pixels, of one position before the global pooling.
+    """Return the theoretical receptive field, in whole pixels, of one position before the global
+    pooling.
 
-    It is infinite if a position sees the whole image at any size, as after self-attention. What is pooled from a map
-    only to weigh it, as in squeeze-and-excitation, does not count.
+    It is infinite if a position sees the whole image at any size, as after self-attention. What is
+    pooled from a map only to weigh it, as in squeeze-and-excitation, does not count.
     """
     return whole_pixels(field_before(trace(model)))
 
 
 def whole_pixels(field: float) -> int | float:
-    """Return a receptive field in the pixels that it really reaches: half a pixel of an upsampled image is none."""
+    """Return a receptive field in the pixels that it really reaches: half a pixel of an upsampled
+    image is none.
+    """
     return field if math.isinf(field) else int(field + 1e-3)
 
 
 def field_before(operations: list[Operation]) -> float:
-    """Return the receptive field, in pixels, at the end of the map: before the global pooling or what stands for it."""
-    last = max((place for place, each in enumerate(operations) if each.kind in ("convolution", "pooling", "attention")),
-               default=-1)
+    """Return the receptive field, in pixels, at the end of the map: before the global pooling or
+    what stands for it.
+    """
+    last = max(
+        (
+            place
+            for place, each in enumerate(operations)
+            if each.kind in ("convolution", "pooling", "attention")
+        ),
+        default=-1,
+    )
     if last >= 0 and operations[last].kind == "pooling" and operations[last].size[1] == 1:
         return operations[last].receptive_field  # what pools only a part, but leaves one position
-    ends = [each for each in operations[last + 1:] if each.kind == "fully connected" or "global" in each.kind]
+    ends = [
+        each
+        for each in operations[last + 1 :]
+        if each.kind == "fully connected" or "global" in each.kind
+    ]
     return ends[0].receptive_field if ends else operations[last].receptive_field if last >= 0 else 1
 
 
@@ -89,17 +112,21 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, shape: tuple[int, ...] = (3, 32, 32)) -> int:
-    """Return the multiply-accumulates of the convolutions and linear layers for one image of that shape."""
+    """Return the multiply-accumulates of the convolutions and linear layers for one image of that
+    shape.
+    """
     with torch.no_grad(), _evaluated(model), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, *shape))
     return counter.get_total_flops() // 2
 
 
-def gradients_of_the_middle(model: nn.Module, images: torch.Tensor, places: list[int]) -> torch.Tensor:
+def gradients_of_the_middle(
+    model: nn.Module, images: torch.Tensor, places: list[int]
+) -> torch.Tensor:
     """Return how much each pixel of (N, 3, H, W) images weighs in the middle of some feature maps.
 
-    The maps are those before the operations at these places of `trace`. The result is (len(places), H, W): the
-    magnitudes of the gradient, summed over channels and images.
+    The maps are those before the operations at these places of `trace`. The result is (len(places),
+    H, W): the magnitudes of the gradient, summed over channels and images.
     """
     totals = torch.zeros(len(places), *images.shape[2:])
     with torch.enable_grad(), _evaluated(model):
@@ -118,15 +145,22 @@ def gradients_of_the_middle(model: nn.Module, images: torch.Tensor, places: list
 
 @contextlib.contextmanager
 def _evaluated(model: nn.Module, as_it_is: bool = False) -> Iterator[None]:
-    """Keep the model in evaluation mode, in float32 on the CPU unless `as_it_is`, and leave its state as it was."""
+    """Keep the model in evaluation mode, in float32 on the CPU unless `as_it_is`, and leave its
+    state as it was.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    tensors = [tensor for tensor in (*model.parameters(), *model.buffers())
-               if not (as_it_is or nn.parameter.is_lazy(tensor)) and tensor.is_floating_point()]
+    tensors = [
+        tensor
+        for tensor in (*model.parameters(), *model.buffers())
+        if not (as_it_is or nn.parameter.is_lazy(tensor)) and tensor.is_floating_point()
+    ]
     values, fast = [tensor.data for tensor in tensors], torch.backends.mha.get_fastpath_enabled()
     try:
         for tensor, value in zip(tensors, values, strict=True):
             tensor.data = value.float().cpu()
-        torch.backends.mha.set_fastpath_enabled(False)  # one call that hides all operations of an encoder layer
+        torch.backends.mha.set_fastpath_enabled(
+            False
+        )  # one call that hides all operations of an encoder layer
         model.eval()
         yield
     finally:

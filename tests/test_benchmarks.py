@@ -1,4 +1,5 @@
 """The benchmarks do not rot: all of them run, on very little."""
+
 import json
 from dataclasses import replace
 from functools import partial
@@ -26,11 +27,27 @@ SIDES = [bench.OURS, bench.HEADLINE, bench.TEACHER, bench.QUICK, bench.PUBLISHED
 def results(tmp_path_factory):
     output = tmp_path_factory.mktemp("bench") / "bench.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "SIDES", {name: (bench.SIDES[name][0], 8, bench.SIDES[name][2]) for name in SIDES})
+        patch.setattr(
+            bench,
+            "SIDES",
+            {name: (bench.SIDES[name][0], 8, bench.SIDES[name][2]) for name in SIDES},
+        )
         patch.setattr(bench, "CORES", 1)
         patch.setattr(bench, "arithmetic", partial(bench.arithmetic, side=64))
-        results = bench.main(["--images", "32", "--seconds", "0", "--repeats", "1", "--data", "sample",
-                              "--output", str(output)])
+        results = bench.main(
+            [
+                "--images",
+                "32",
+                "--seconds",
+                "0",
+                "--repeats",
+                "1",
+                "--data",
+                "sample",
+                "--output",
+                str(output),
+            ]
+        )
     assert json.loads(output.read_text()) == results
     return results
 
@@ -49,7 +66,10 @@ def test_rates_of_input_and_evaluation_are_measured(results):
     for row in others:
         assert row["of_the_limit"] == pytest.approx(row["median"] / limit["median"])
     assert "ours, 1 worker" in results["input pipeline"]
-    assert results["evaluation, seconds"]["images"] == 32 and results["evaluation, seconds"]["median"] > 0
+    assert (
+        results["evaluation, seconds"]["images"] == 32
+        and results["evaluation, seconds"]["median"] > 0
+    )
 
 
 def test_a_ratio_is_the_median_of_those_of_each_repeat():
@@ -63,9 +83,16 @@ def test_a_training_step_computes_six_operations_for_each_multiply_accumulate():
 
 
 def test_a_whole_run_is_its_epochs_times_the_time_of_an_epoch(tmp_path):
-    steps = {bench.QUICK: {"median": 1000}, bench.HEADLINE: {"median": 200}, bench.TEACHER: {"median": 300},
-             bench.PUBLISHED: {"median": 100}}
-    path, good = tmp_path / "quick.json", {"mean_test_accuracy": 85, "runs": [{"recipe": Recipe.quick().to_json()}]}
+    steps = {
+        bench.QUICK: {"median": 1000},
+        bench.HEADLINE: {"median": 200},
+        bench.TEACHER: {"median": 300},
+        bench.PUBLISHED: {"median": 100},
+    }
+    path, good = (
+        tmp_path / "quick.json",
+        {"mean_test_accuracy": 85, "runs": [{"recipe": Recipe.quick().to_json()}]},
+    )
     path.write_text(json.dumps(good))
     quick, headline, published = bench.whole_runs(steps, path).values()
     assert quick == pytest.approx(Recipe.quick().epochs * 50_000 / 1000 / 60)
@@ -74,7 +101,9 @@ def test_a_whole_run_is_its_epochs_times_the_time_of_an_epoch(tmp_path):
     assert published == pytest.approx(98 * 50_000 / 100 / 60)
 
 
-@pytest.mark.parametrize("changes", [None, {"mean_test_accuracy": 84.9}, {"runs": [{"recipe": Recipe().to_json()}]}])
+@pytest.mark.parametrize(
+    "changes", [None, {"mean_test_accuracy": 84.9}, {"runs": [{"recipe": Recipe().to_json()}]}]
+)
 def test_a_quick_recipe_that_misses_85_or_is_another_one_does_not_count(changes, tmp_path, capsys):
     good = {"mean_test_accuracy": 85, "runs": [{"recipe": Recipe.quick().to_json()}]}
     if changes:
@@ -93,7 +122,9 @@ def tiny_runs(monkeypatch):
 
 def test_an_ablation_writes_its_row_once(tiny_runs, tmp_path, monkeypatch, capsys):
     recipe = replace(tiny_runs, validation_size=1500)
-    monkeypatch.setattr(ablations, "RECIPES", {"table": {"base": recipe, "SGD": replace(recipe, optimizer="SGD")}})
+    monkeypatch.setattr(
+        ablations, "RECIPES", {"table": {"base": recipe, "SGD": replace(recipe, optimizer="SGD")}}
+    )
     ablations.main(["SGD"], tmp_path / "rows.json", tmp_path)
     ablations.main([], tmp_path / "rows.json", tmp_path)
     rows = json.loads((tmp_path / "rows.json").read_text())["table"]
@@ -118,7 +149,11 @@ def test_an_unknown_row_is_named(tmp_path):
 
 
 def test_every_ablation_holds_images_out():
-    assert all(recipe.validation_size > 0 for recipes in ablations.RECIPES.values() for recipe in recipes.values())
+    assert all(
+        recipe.validation_size > 0
+        for recipes in ablations.RECIPES.values()
+        for recipe in recipes.values()
+    )
 
 
 def test_the_quick_runs_take_finished_runs_as_they_are(tiny_runs, tmp_path, capsys):

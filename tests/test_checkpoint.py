@@ -1,4 +1,7 @@
-"""What is on disk: runs that are killed, files that are damaged, disks that are full; weights and their metrics."""
+"""What is on disk: runs that are killed, files that are damaged, disks that are full; weights and
+their metrics.
+"""
+
 import contextlib
 import errno
 import io
@@ -38,11 +41,20 @@ from model import NetDilated
 from recipe import Recipe, make_optimizer, make_scheduler, seed_everything
 from tiny import SHORT, STEPS, Code, Run, Tiny, equal, state
 
-PROCESSES = multiprocessing.get_context("forkserver")  # nothing is shared but what the arguments say
-PROCESSES.set_forkserver_preload(["albumentations", "matplotlib.pyplot", "torchmetrics.functional.classification"])
+PROCESSES = multiprocessing.get_context(
+    "forkserver"
+)  # nothing is shared but what the arguments say
+PROCESSES.set_forkserver_preload(
+    ["albumentations", "matplotlib.pyplot", "torchmetrics.functional.classification"]
+)
 HISTORY = {"train_loss": [2.0, 1.0], "test_accuracy": [21.0, 65.0], "seconds": [3.0, 4.0]}
-METRICS = {"network": "NetDilated", "hardware": "this machine", "test_accuracy": 65.0, "recipe": SHORT.to_json(),
-           "history": HISTORY}
+METRICS = {
+    "network": "NetDilated",
+    "hardware": "this machine",
+    "test_accuracy": 65.0,
+    "recipe": SHORT.to_json(),
+    "history": HISTORY,
+}
 LABELS = [number % 10 for number in range(2000)]
 
 
@@ -52,7 +64,9 @@ def finished(root, tmp_path_factory):
     run = Run(root, tmp_path_factory.mktemp("finished"))
     with contextlib.redirect_stdout(io.StringIO()) as output:
         history = run.fit()
-    return SimpleNamespace(folder=run.path.parent, weights=state(run.model), history=history, output=output.getvalue())
+    return SimpleNamespace(
+        folder=run.path.parent, weights=state(run.model), history=history, output=output.getvalue()
+    )
 
 
 @pytest.fixture
@@ -63,9 +77,13 @@ def copied(finished, tmp_path):
 
 
 def work(root, folder, workers, pause, die_while_writing):
-    """Train in a process of its own, with a pause before each step; or die while the third checkpoint is written."""
+    """Train in a process of its own, with a pause before each step; or die while the third
+    checkpoint is written.
+    """
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # of the workers, as in any other process on Linux
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # of the workers, as in any other process on Linux
     run, writes = Run(root, folder, workers), itertools.count(1)
 
     def die(descriptor):
@@ -81,7 +99,9 @@ def work(root, folder, workers, pause, die_while_writing):
 
 @contextlib.contextmanager
 def another_process(root, folder, workers=0, pause=0.01, die_while_writing=False):
-    """Start the run in a process of its own, which is killed in the end, if not before, and its workers with it."""
+    """Start the run in a process of its own, which is killed in the end, if not before, and its
+    workers with it.
+    """
     process = PROCESSES.Process(target=work, args=(root, folder, workers, pause, die_while_writing))
     process.start()
     try:
@@ -112,15 +132,21 @@ def press_ctrl_c():
 
 def before_step(number, training):
     """Return what presses Ctrl-C before the step of that number, in training or in the tests."""
+
     def arrange(run, patch):
         steps = itertools.count(1)
         run.model.register_forward_pre_hook(
-            lambda model, _: press_ctrl_c() if model.training is training and next(steps) == number else None)
+            lambda model, _: (
+                press_ctrl_c() if model.training is training and next(steps) == number else None
+            )
+        )
+
     return arrange
 
 
 def within_batch(number):
     """Return what presses Ctrl-C when half of the batch of that number has come from the worker."""
+
     def arrange(run, patch):
         batches, receive = itertools.count(1), Connection._recv
 
@@ -131,6 +157,7 @@ def within_batch(number):
             return receive(connection, size, *read)
 
         patch.setattr(Connection, "_recv", receive_half)
+
     return arrange
 
 
@@ -151,12 +178,16 @@ def disk_full_after(writes):
 
 # ---------------------------------------------------------------- the checkpoint of a run
 
+
 def test_a_killed_run_goes_on_to_the_same_weights(root, tmp_path, finished, capsys):
     """It is killed while it writes a checkpoint, and later at a random moment."""
     path = tmp_path / "Tiny.ckpt"
     with another_process(root, tmp_path, die_while_writing=True) as process:
         process.join()
-        assert process.exitcode == -signal.SIGKILL and path.with_name("Tiny.ckpt.new").stat().st_size == 1000
+        assert (
+            process.exitcode == -signal.SIGKILL
+            and path.with_name("Tiny.ckpt.new").stat().st_size == 1000
+        )
     assert len(history_in(path)["seconds"]) == 1
     before = path.with_name("Tiny.ckpt.previous")
     before.unlink()
@@ -173,7 +204,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(root, tmp_path, finished, caps
 
 def test_a_second_process_is_refused_until_the_first_one_ends(root, tmp_path, finished):
     run = Run(root, tmp_path)
-    with another_process(root, tmp_path, workers=1, pause=60) as process:  # in its first step for long enough
+    with another_process(
+        root, tmp_path, workers=1, pause=60
+    ) as process:  # in its first step for long enough
         wait_for(run.path, process)
         refusal = f"another process is training with {run.path}: wait for it, stop it, or choose another folder"
         with pytest.raises(RuntimeError, match=f"^{re.escape(refusal)}$"):
@@ -183,13 +216,27 @@ def test_a_second_process_is_refused_until_the_first_one_ends(root, tmp_path, fi
 
 
 def test_where_there_is_no_fcntl_the_lock_is_that_of_windows(tmp_path, monkeypatch):
-    """With a stand-in for Windows' msvcrt, which refuses a region that is locked through another handle."""
+    """With a stand-in for Windows' msvcrt, which refuses a region that is locked through another
+    handle.
+    """
     fcntl = pytest.importorskip("fcntl")
     monkeypatch.setattr(checkpoint, "fcntl", None)
-    monkeypatch.setattr(checkpoint, "msvcrt", SimpleNamespace(LK_NBLCK=2, locking=lambda descriptor, mode, length:
-                        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)), raising=False)
+    monkeypatch.setattr(
+        checkpoint,
+        "msvcrt",
+        SimpleNamespace(
+            LK_NBLCK=2,
+            locking=lambda descriptor, mode, length: fcntl.flock(
+                descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB
+            ),
+        ),
+        raising=False,
+    )
     for _ in range(2):  # it is free again afterwards
-        with checkpoint._lock(tmp_path / "Tiny.ckpt"), pytest.raises(RuntimeError, match="another process is training"):
+        with (
+            checkpoint._lock(tmp_path / "Tiny.ckpt"),
+            pytest.raises(RuntimeError, match="another process is training"),
+        ):
             checkpoint._lock(tmp_path / "Tiny.ckpt")
 
 
@@ -199,26 +246,45 @@ def test_a_folder_without_locks_is_named_and_training_goes_on(tmp_path, monkeypa
 
     monkeypatch.setattr(checkpoint, "fcntl", SimpleNamespace(lockf=lockf, LOCK_EX=0, LOCK_NB=0))
     checkpoint._lock(tmp_path / "Tiny.ckpt").close()
-    assert f"{tmp_path} can't lock files (Operation not supported): take care" in capsys.readouterr().out
+    assert (
+        f"{tmp_path} can't lock files (Operation not supported): take care"
+        in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("arrange, kept", [
-    (before_step(2, training=True), 0), (before_step(2, training=False), 1), (within_batch(2 * STEPS + 2), 2),
-], ids=["first epoch", "test of the second", "batch of the third"])
-def test_after_ctrl_c_the_same_cell_goes_on_to_the_same_weights(arrange, kept, root, tmp_path, finished, monkeypatch,
-                                                                 capsys):
-    """As in Jupyter: `fit` is called again with the same objects, and the worker has felt the Ctrl-C as well."""
+@pytest.mark.parametrize(
+    "arrange, kept",
+    [
+        (before_step(2, training=True), 0),
+        (before_step(2, training=False), 1),
+        (within_batch(2 * STEPS + 2), 2),
+    ],
+    ids=["first epoch", "test of the second", "batch of the third"],
+)
+def test_after_ctrl_c_the_same_cell_goes_on_to_the_same_weights(
+    arrange, kept, root, tmp_path, finished, monkeypatch, capsys
+):
+    """As in Jupyter: `fit` is called again with the same objects, and the worker has felt the
+    Ctrl-C as well.
+    """
     run = Run(root, tmp_path, workers=1)
     arrange(run, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run.fit()
     output = capsys.readouterr().out
-    assert output.endswith(f"interrupted: {kept} epochs are kept in {run.path}, run again to go on\n")
+    assert output.endswith(
+        f"interrupted: {kept} epochs are kept in {run.path}, run again to go on\n"
+    )
     assert "going on" not in output
     assert history_in(run.path)["test_loss"] == finished.history["test_loss"][:kept]
-    assert equal(state(run.model), torch.load(run.path, weights_only=True)["model"])  # the last whole epoch
+    assert equal(
+        state(run.model), torch.load(run.path, weights_only=True)["model"]
+    )  # the last whole epoch
     history = run.fit()
-    assert equal(state(run.model), finished.weights) and history["train_loss"] == finished.history["train_loss"]
+    assert (
+        equal(state(run.model), finished.weights)
+        and history["train_loss"] == finished.history["train_loss"]
+    )
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -240,13 +306,21 @@ def test_a_finished_run_is_loaded_and_shows_its_epochs_again(root, copied, finis
     assert [first, *table] == finished.output.splitlines()
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: os.truncate(path, path.stat().st_size // 2),
-    lambda path: path.write_bytes(b""),
-    lambda path: path.write_bytes(bytes(byte ^ (place == 30_000) for place, byte in enumerate(path.read_bytes()))),
-    lambda path: path.unlink(),
-], ids=["half", "empty", "one bit", "killed between the two renames"])
-def test_a_damaged_or_missing_checkpoint_gives_way_to_the_one_before(damage, root, copied, finished, capsys):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: os.truncate(path, path.stat().st_size // 2),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(
+            bytes(byte ^ (place == 30_000) for place, byte in enumerate(path.read_bytes()))
+        ),
+        lambda path: path.unlink(),
+    ],
+    ids=["half", "empty", "one bit", "killed between the two renames"],
+)
+def test_a_damaged_or_missing_checkpoint_gives_way_to_the_one_before(
+    damage, root, copied, finished, capsys
+):
     damage(copied)
     run = Run(root, copied.parent)
     run.fit()
@@ -264,7 +338,9 @@ def test_a_new_checkpoint_that_a_kill_left_aside_is_the_newest(root, copied, fin
     assert copied.exists()  # the next save writes aside again
 
 
-def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(root, copied, finished, monkeypatch):
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(
+    root, copied, finished, monkeypatch
+):
     written = copied.read_bytes()
     with monkeypatch.context() as patch, pytest.raises(PermissionError):
         patch.setattr(checkpoint.zipfile, "ZipFile", open_nothing)
@@ -283,7 +359,9 @@ def test_a_trained_network_without_its_checkpoint_is_not_trained_again(root, tmp
     parts = {"model": run.model, "scheduler": make_scheduler(optimizer, run.recipe, STEPS)}
     optimizer.step()
     parts["scheduler"].step()
-    with pytest.raises(ValueError, match="Tiny.ckpt has no epoch of this run, but the network has begun to train: "):
+    with pytest.raises(
+        ValueError, match="Tiny.ckpt has no epoch of this run, but the network has begun to train: "
+    ):
         Checkpoint(run.path, run.recipe, run.loaders[0], None, parts).__enter__()
     assert not run.path.exists()
 
@@ -296,21 +374,39 @@ def another_layer(run):
     run.model.layers[0].stride = (1, 1)  # with the same parameters
 
 
-@pytest.mark.parametrize("changes, change, difference", [
-    ({"max_lr": 0.2}, None, "max_lr: 0.1 there, 0.2 here"),
-    ({"sizes": (8, 32)}, None, r"sizes: \[16, 32\] there, \[8, 32\] here"),
-    ({"optimizer": "SGD", "corruption": 0.1}, None,
-     "optimizer: Muon there, SGD here; corruption: 0.2 there, 0.1 here"),
-    ({"teacher": False}, None, "teacher: [0-9a-f]{64} there, None here"),
-    ({}, another_teacher, "teacher: [0-9a-f]{64} there, [0-9a-f]{64} here"),
-    ({}, another_layer, r"layers: +\(0\): Conv2d.*stride=\(2, 2\).* there, +\(0\): Conv2d.*stride=\(1, 1\).* here"),
-    ({"transform": train_transform(0.25)}, None, r"augmentations: +Shift\w+\(p=0.5.* there, +Shift\w+\(p=0.25.* here"),
-])
-def test_a_checkpoint_of_another_run_is_refused_by_name(changes, change, difference, root, copied, finished):
+@pytest.mark.parametrize(
+    "changes, change, difference",
+    [
+        ({"max_lr": 0.2}, None, "max_lr: 0.1 there, 0.2 here"),
+        ({"sizes": (8, 32)}, None, r"sizes: \[16, 32\] there, \[8, 32\] here"),
+        (
+            {"optimizer": "SGD", "corruption": 0.1},
+            None,
+            "optimizer: Muon there, SGD here; corruption: 0.2 there, 0.1 here",
+        ),
+        ({"teacher": False}, None, "teacher: [0-9a-f]{64} there, None here"),
+        ({}, another_teacher, "teacher: [0-9a-f]{64} there, [0-9a-f]{64} here"),
+        (
+            {},
+            another_layer,
+            r"layers: +\(0\): Conv2d.*stride=\(2, 2\).* there, +\(0\): Conv2d.*stride=\(1, 1\).* here",
+        ),
+        (
+            {"transform": train_transform(0.25)},
+            None,
+            r"augmentations: +Shift\w+\(p=0.5.* there, +Shift\w+\(p=0.25.* here",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_name(
+    changes, change, difference, root, copied, finished
+):
     written, run = copied.read_bytes(), Run(root, copied.parent, **changes)
     if change:
         change(run)
-    with pytest.raises(ValueError, match=rf"^{re.escape(str(copied))} is of another run \({difference}\): [^\n]*$"):
+    with pytest.raises(
+        ValueError, match=rf"^{re.escape(str(copied))} is of another run \({difference}\): [^\n]*$"
+    ):
         run.fit()
     assert copied.read_bytes() == written
     assert Run(root, copied.parent).fit() == finished.history
@@ -325,14 +421,20 @@ def test_a_checkpoint_without_an_epoch_gives_way_to_another_recipe(root, tmp_pat
 
 def test_the_weights_of_another_run_are_not_replaced(root, tmp_path, capsys):
     run = Run(root, tmp_path, max_lr=0.2)
-    (tmp_path / "Tiny.json").write_text(json.dumps({"sha256": "", "history": {}, "recipe": SHORT.to_json()}))
-    message = (f"{tmp_path} has the weights of another run (max_lr: 0.1 there, 0.2 here), which this one would "
-               "replace: choose another folder, or move Tiny.* away")
+    (tmp_path / "Tiny.json").write_text(
+        json.dumps({"sha256": "", "history": {}, "recipe": SHORT.to_json()})
+    )
+    message = (
+        f"{tmp_path} has the weights of another run (max_lr: 0.1 there, 0.2 here), which this one would "
+        "replace: choose another folder, or move Tiny.* away"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         run.fit()
     assert not run.path.exists() and len(Run(root, tmp_path).fit()["seconds"]) == SHORT.epochs
-    assert f"{tmp_path} has the weights of an earlier run of this recipe, which will be replaced\n" in \
-        capsys.readouterr().out
+    assert (
+        f"{tmp_path} has the weights of an earlier run of this recipe, which will be replaced\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_new_run_does_not_depend_on_what_was_drawn_before(root, tmp_path, finished):
@@ -342,17 +444,25 @@ def test_a_new_run_does_not_depend_on_what_was_drawn_before(root, tmp_path, fini
     assert run.fit()["train_loss"] == finished.history["train_loss"]
 
 
-def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(root, tmp_path, finished, monkeypatch, capsys):
+def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(
+    root, tmp_path, finished, monkeypatch, capsys
+):
     run = Run(root, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", disk_full_after(3))
         run.fit()
-    assert capsys.readouterr().out.count(
-        f"{run.path} could not be written (No space left on device): training goes on") == 2
+    assert (
+        capsys.readouterr().out.count(
+            f"{run.path} could not be written (No space left on device): training goes on"
+        )
+        == 2
+    )
     assert equal(state(run.model), finished.weights) and len(history_in(run.path)["seconds"]) == 2
     run = Run(root, tmp_path)
     run.fit()
-    assert "going on with epoch 3\n" in capsys.readouterr().out and equal(state(run.model), finished.weights)
+    assert "going on with epoch 3\n" in capsys.readouterr().out and equal(
+        state(run.model), finished.weights
+    )
 
 
 def test_an_interrupt_on_a_full_disk_stays_an_interrupt(root, tmp_path, monkeypatch):
@@ -365,19 +475,28 @@ def test_an_interrupt_on_a_full_disk_stays_an_interrupt(root, tmp_path, monkeypa
 
 def test_a_loader_whose_order_cannot_be_restored_is_refused(root, tmp_path):
     run = Run(root, tmp_path)
-    with pytest.raises(ValueError, match=r"can't be restored: choose one of make_loader\(shuffle=True\)$"):
+    with pytest.raises(
+        ValueError, match=r"can't be restored: choose one of make_loader\(shuffle=True\)$"
+    ):
         train.fit(run.model, run.recipe, run.loaders[1], run.loaders[1])
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_work_begins(root, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(utils, "train", lambda *arguments: pytest.fail("work began"))
-    with pytest.raises(RuntimeError, match=r"folder can't be written \(Not a directory\): choose another folder$"):
+    with pytest.raises(
+        RuntimeError, match=r"folder can't be written \(Not a directory\): choose another folder$"
+    ):
         Run(root, tmp_path / "file" / "folder").fit()
 
 
-def test_a_loss_that_turns_nan_is_one_line_and_the_checkpoint_before_stays(root, tmp_path, finished, monkeypatch):
-    """The last step of the third epoch spoils the weights, so that the test is the first to tell."""
+def test_a_loss_that_turns_nan_is_one_line_and_the_checkpoint_before_stays(
+    root, tmp_path, finished, monkeypatch
+):
+    """The last step of the third epoch spoils the weights, so that the test is the first to
+    tell.
+    """
+
     def spoil(model, loader, recipe, epoch, *others, train=utils.train):
         result = train(model, loader, recipe, epoch, *others)
         if epoch == 2:
@@ -385,8 +504,15 @@ def test_a_loss_that_turns_nan_is_one_line_and_the_checkpoint_before_stays(root,
         return result
 
     run = Run(root, tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match=(
-            r"^epoch 3: the training loss is \d\S+ and the test loss nan: try a max_lr below 0.1$")):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(
+            FloatingPointError,
+            match=(
+                r"^epoch 3: the training loss is \d\S+ and the test loss nan: try a max_lr below 0.1$"
+            ),
+        ),
+    ):
         patch.setattr(utils, "train", spoil)
         run.fit()
     assert len(history_in(run.path)["seconds"]) == 2
@@ -401,16 +527,25 @@ def whole_model():
     return buffer.getvalue()
 
 
-FOREIGN = {"empty": b"", "text": b"not one of ours", "code": pickle.dumps(print, protocol=2), "model": whole_model()}
+FOREIGN = {
+    "empty": b"",
+    "text": b"not one of ours",
+    "code": pickle.dumps(print, protocol=2),
+    "model": whole_model(),
+}
 
 
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
 def test_a_foreign_file_is_refused_by_name(content, root, tmp_path):
     for name in ("Tiny.ckpt", "NetDilated.pt"):
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match="^.*Tiny.ckpt is damaged or no checkpoint of this program [^\n]*$"):
+    with pytest.raises(
+        ValueError, match="^.*Tiny.ckpt is damaged or no checkpoint of this program [^\n]*$"
+    ):
         Run(root, tmp_path).fit()
-    with pytest.raises(ValueError, match="^.*NetDilated.pt is damaged or holds another network [^\n]*$") as error:
+    with pytest.raises(
+        ValueError, match="^.*NetDilated.pt is damaged or holds another network [^\n]*$"
+    ) as error:
         load("NetDilated", tmp_path)
     reason = re.search(r"\((.*)\): train it again", str(error.value))[1]
     assert re.search("[A-Za-z]{4}", reason) and "\x1b" not in reason and len(reason) <= 200
@@ -431,6 +566,7 @@ def test_files_that_would_run_code_are_refused(root, tmp_path):
 
 # ---------------------------------------------------------------- weights and metrics
 
+
 def test_saved_weights_and_metrics_come_back(tmp_path):
     seed_everything(0)
     model = NetDilated()
@@ -439,45 +575,67 @@ def test_saved_weights_and_metrics_come_back(tmp_path):
     assert equal(state(model), state(loaded)) and not loaded.training
     assert loaded_metrics == load_metrics("NetDilated", tmp_path / "new") == metrics
     assert METRICS.items() <= json.loads((tmp_path / "new" / "NetDilated.json").read_text()).items()
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["NetDilated.json", "NetDilated.pt"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "NetDilated.json",
+        "NetDilated.pt",
+    ]
 
 
 def test_weights_and_metrics_of_different_runs_are_told_apart(tmp_path):
     for folder in ("one", "other"):
         save(NetDilated(), METRICS, tmp_path / folder)
-    (tmp_path / "other" / "NetDilated.pt").replace(tmp_path / "one" / "NetDilated.pt")  # as if killed in between
-    with pytest.raises(ValueError, match="^.*NetDilated.pt is not the file that NetDilated.json tells of: [^\n]*$"):
+    (tmp_path / "other" / "NetDilated.pt").replace(
+        tmp_path / "one" / "NetDilated.pt"
+    )  # as if killed in between
+    with pytest.raises(
+        ValueError, match="^.*NetDilated.pt is not the file that NetDilated.json tells of: [^\n]*$"
+    ):
         load("NetDilated", tmp_path / "one")
 
 
 def test_weights_that_are_missing_or_of_another_network_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="^.*NetDilated.pt is not there: train NetDilated first[^\n]*$"):
+    with pytest.raises(
+        FileNotFoundError, match="^.*NetDilated.pt is not there: train NetDilated first[^\n]*$"
+    ):
         load("NetDilated", tmp_path)
     torch.save(Tiny().state_dict(), tmp_path / "NetDilated.pt")
-    with pytest.raises(ValueError, match="^.*NetDilated.pt is damaged or holds another network than NetD[^\n]*$"):
+    with pytest.raises(
+        ValueError, match="^.*NetDilated.pt is damaged or holds another network than NetD[^\n]*$"
+    ):
         load("NetDilated", tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"[]", b"\xff"],
-                         ids=["empty", "cut off", "an empty dictionary", "a list", "not UTF-8"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"{}", b"[]", b"\xff"],
+    ids=["empty", "cut off", "an empty dictionary", "a list", "not UTF-8"],
+)
 def test_metrics_that_are_none_are_named(content, tmp_path):
     save(NetDilated(), METRICS, tmp_path)
     (tmp_path / "NetDilated.json").write_bytes(content)
-    with pytest.raises(ValueError, match="^.*NetDilated.json holds no metrics [^\n]*: train NetDilated again[^\n]*$"):
+    with pytest.raises(
+        ValueError,
+        match="^.*NetDilated.json holds no metrics [^\n]*: train NetDilated again[^\n]*$",
+    ):
         load("NetDilated", tmp_path)
 
 
 def test_metrics_that_are_missing_are_named(tmp_path):
     save(NetDilated(), METRICS, tmp_path)
     (tmp_path / "NetDilated.json").unlink()
-    with pytest.raises(FileNotFoundError, match="^.*NetDilated.json is not there: train NetDilated again[^\n]*$"):
+    with pytest.raises(
+        FileNotFoundError, match="^.*NetDilated.json is not there: train NetDilated again[^\n]*$"
+    ):
         load("NetDilated", tmp_path)
 
 
-@pytest.mark.parametrize("arguments, text", [
-    (("NetDilated", None), "^folder is None: choose the path of a folder$"),
-    (([], "weights"), r"^network \[\] is unknown: choose one of NetDilated"),
-])
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (("NetDilated", None), "^folder is None: choose the path of a folder$"),
+        (([], "weights"), r"^network \[\] is unknown: choose one of NetDilated"),
+    ],
+)
 def test_arguments_of_load_that_are_none_are_named(arguments, text):
     with pytest.raises(ValueError, match=text):
         load(*arguments)
@@ -486,7 +644,9 @@ def test_arguments_of_load_that_are_none_are_named(arguments, text):
 @pytest.mark.parametrize("path", ["", ".", None])
 def test_the_path_of_a_checkpoint_that_is_no_file_is_named(path):
     loader = make_loader(load_dataset("test", "sample"), 10, shuffle=True, num_workers=0)
-    with pytest.raises(ValueError, match=f"^path of the checkpoint is {path!r}: choose the path of a file$"):
+    with pytest.raises(
+        ValueError, match=f"^path of the checkpoint is {path!r}: choose the path of a file$"
+    ):
         Checkpoint(path, Recipe(), loader, None, {"model": Tiny()})
 
 
@@ -496,7 +656,11 @@ def test_a_run_saved_again_keeps_its_metrics_unless_a_file_is_harmed(tmp_path):
     metrics = add_metrics(metrics, tmp_path, temperature=1.5)
     assert metrics["temperature"] == 1.5 and METRICS.items() <= metrics.items()
     assert save(model, again, tmp_path) == load("NetDilated", tmp_path)[1] == metrics
-    for name, content in (("NetDilated.pt", b"damaged"), ("NetDilated.json", b"{"), ("NetDilated.json", b"{}")):
+    for name, content in (
+        ("NetDilated.pt", b"damaged"),
+        ("NetDilated.json", b"{"),
+        ("NetDilated.json", b"{}"),
+    ):
         save(model, METRICS, tmp_path)
         (tmp_path / name).write_bytes(content)
         assert save(model, again, tmp_path)["hardware"] == "another machine"
@@ -518,8 +682,11 @@ def test_a_teacher_is_one_of_the_same_data(tmp_path):
     recipe = replace(SHORT, teacher=str(tmp_path))
     teacher = load_teacher(recipe, LABELS)
     assert equal(state(teacher), state(model)) and not teacher.training
-    with pytest.raises(ValueError, match=f"^teacher is {str(tmp_path)!r}: choose None, or the folder of one trained on "
-                                         "CIFAR-10, not on sample$"):
+    with pytest.raises(
+        ValueError,
+        match=f"^teacher is {str(tmp_path)!r}: choose None, or the folder of one trained on "
+        "CIFAR-10, not on sample$",
+    ):
         load_teacher(replace(recipe, data="CIFAR-10"), LABELS)
 
 
@@ -530,8 +697,11 @@ def test_a_teacher_has_not_seen_what_its_student_holds_out(tmp_path):
     load_teacher(recipe, LABELS[:1500])
     load_teacher(replace(recipe, validation_size=400), LABELS[:1600])
     load_teacher(replace(recipe, validation_size=0), LABELS[::-1])
-    with pytest.raises(ValueError, match="choose None, or the folder of one that held out 501 training images, as the "
-                                         "student does, not 500$"):
+    with pytest.raises(
+        ValueError,
+        match="choose None, or the folder of one that held out 501 training images, as the "
+        "student does, not 500$",
+    ):
         load_teacher(replace(recipe, validation_size=501), LABELS[:1499])
     with pytest.raises(ValueError, match="this one may have seen those that are held out"):
         load_teacher(recipe, LABELS[500:][::-1])

@@ -1,4 +1,7 @@
-"""The data: what the transforms do, which random numbers they use, and what is said when something is wrong."""
+"""The data: what the transforms do, which random numbers they use, and what is said when something
+is wrong.
+"""
+
 import hashlib
 import http.server
 import multiprocessing
@@ -51,33 +54,60 @@ def epoch(loader):
 
 
 def test_importing_all_modules_is_silent_and_touches_nothing(tmp_path):
-    code = ("import checker.answers, checkpoint, dataset, device, model, pictures, recipe, rules, train, utils; "
-            "dataset.train_transform()")
-    environment = {key: value for key, value in os.environ.items() if key != "NO_ALBUMENTATIONS_UPDATE"}
-    run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], cwd=tmp_path, text=True,
-                         env={**environment, "PYTHONPATH": str(HERE)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    code = (
+        "import checker.answers, checkpoint, dataset, device, model, pictures, recipe, rules, train, utils; "
+        "dataset.train_transform()"
+    )
+    environment = {
+        key: value for key, value in os.environ.items() if key != "NO_ALBUMENTATIONS_UPDATE"
+    }
+    run = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        cwd=tmp_path,
+        text=True,
+        env={**environment, "PYTHONPATH": str(HERE)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert (run.returncode, run.stdout) == (0, "")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_old_albumentations_is_refused(tmp_path):
     (tmp_path / "albumentations.py").write_text("__version__ = '1.4.24'")
-    result = subprocess.run([sys.executable, "-c", "import dataset"], capture_output=True, text=True, cwd=HERE,
-                            env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert result.stderr.splitlines()[-1] == ("ImportError: albumentations 1.4.24 is too old: "
-                                              "pip install -r requirements.txt")
+    result = subprocess.run(
+        [sys.executable, "-c", "import dataset"],
+        capture_output=True,
+        text=True,
+        cwd=HERE,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert result.stderr.splitlines()[-1] == (
+        "ImportError: albumentations 1.4.24 is too old: pip install -r requirements.txt"
+    )
 
 
 def test_only_the_module_that_stops_its_question_for_news_imports_albumentations():
-    paths = [*HERE.glob("*.py"), *(HERE / "checker").glob("*.py"), *(HERE / "benchmarks").glob("*.py")]
-    imports = [path.name for path in paths if re.search("^(import|from) albumentations", path.read_text(), re.M)]
+    paths = [
+        *HERE.glob("*.py"),
+        *(HERE / "checker").glob("*.py"),
+        *(HERE / "benchmarks").glob("*.py"),
+    ]
+    imports = [
+        path.name
+        for path in paths
+        if re.search("^(import|from) albumentations", path.read_text(), re.M)
+    ]
     assert imports == ["dataset.py"]
 
 
 # ---------------------------------------------------------------- transforms
 
+
 def test_coarse_dropout_makes_one_hole_of_16x16_in_the_mean_colour():
-    (hole,) = [step for step in train_transform(p=1).transforms if type(step).__name__ == "CoarseDropout"]
+    (hole,) = [
+        step for step in train_transform(p=1).transforms if type(step).__name__ == "CoarseDropout"
+    ]
     positions = set()
     for _ in range(50):
         image = hole(image=np.zeros((32, 32, 3), np.uint8))["image"]
@@ -91,7 +121,9 @@ def test_coarse_dropout_makes_one_hole_of_16x16_in_the_mean_colour():
 
 def test_half_of_the_images_are_flipped_and_a_share_p_is_shifted_or_has_a_hole(train_set):
     for step, share in zip(train_transform(p=0.2).transforms, (0.5, 0.2, 0.2), strict=False):
-        changed = [(step(image=train_set.data[0])["image"] != train_set.data[0]).any() for _ in range(400)]
+        changed = [
+            (step(image=train_set.data[0])["image"] != train_set.data[0]).any() for _ in range(400)
+        ]
         assert np.mean(changed) == pytest.approx(share, abs=0.1)
 
 
@@ -119,8 +151,12 @@ def test_an_impossible_probability_is_named():
 
 def test_normalise_gives_mean_0_and_deviation_1_and_the_hole_becomes_zero():
     pixels = np.round(255 * np.array([np.add(MEAN, STD), np.subtract(MEAN, STD)])).astype(np.uint8)
-    torch.testing.assert_close(normalise(pixels.reshape(1, 2, 1, 3)).flatten(2)[0], torch.tensor([[1.0, -1.0]] * 3),
-                               rtol=0, atol=0.01)
+    torch.testing.assert_close(
+        normalise(pixels.reshape(1, 2, 1, 3)).flatten(2)[0],
+        torch.tensor([[1.0, -1.0]] * 3),
+        rtol=0,
+        atol=0.01,
+    )
     assert normalise(np.full((1, 32, 32, 3), FILL, np.uint8)).abs().max() < 0.01
 
 
@@ -131,17 +167,25 @@ def test_images_that_are_normalised_already_are_refused(shape):
 
 
 def test_pixels_from_0_to_1_are_refused():
-    with pytest.raises(ValueError, match="^type of the images is torch.float32: choose torch.uint8, pixels from 0 to"):
+    with pytest.raises(
+        ValueError,
+        match="^type of the images is torch.float32: choose torch.uint8, pixels from 0 to",
+    ):
         normalise(torch.zeros(4, 32, 32, 3))
 
 
 # ---------------------------------------------------------------- splits and loaders
 
+
 def test_the_validation_split_is_the_end_of_the_training_images_and_not_augmented(root):
-    whole, train, validation = (load_dataset(split, "sample", size, root=root)
-                                for split, size in (("train", 0), ("train", 300), ("validation", 300)))
+    whole, train, validation = (
+        load_dataset(split, "sample", size, root=root)
+        for split, size in (("train", 0), ("train", 300), ("validation", 300))
+    )
     assert (len(whole), len(train), len(validation)) == (2000, 1700, 300)
-    assert (validation[0][0] == whole.data[1700]).all() and validation[299][1] == whole.targets[1999]
+    assert (validation[0][0] == whole.data[1700]).all() and validation[299][1] == whole.targets[
+        1999
+    ]
     assert len({validation[0][0].tobytes() for _ in range(5)}) == 1
     assert len({train[0][0].tobytes() for _ in range(20)}) > 1
 
@@ -150,9 +194,14 @@ def test_the_sample_has_ten_classes_and_says_what_it_is(train_set, root):
     test_set = load_dataset("test", "sample", root=root)
     assert train_set.title == "a sample of CIFAR-10, 2,000 images"
     assert test_set.title == "a sample of CIFAR-10, 1,000 images"
-    assert load_dataset("validation", "sample", 300, root=root).title == "a sample of CIFAR-10, 300 images"
+    assert (
+        load_dataset("validation", "sample", 300, root=root).title
+        == "a sample of CIFAR-10, 300 images"
+    )
     assert "Number of datapoints: 1000" in repr(test_set) and "Split: Test" in repr(test_set)
-    assert not {image.tobytes() for image in train_set.data} & {image.tobytes() for image in test_set.data}
+    assert not {image.tobytes() for image in train_set.data} & {
+        image.tobytes() for image in test_set.data
+    }
     assert sorted(set(test_set.targets)) == list(range(10)) and len(test_set.classes) == 10
 
 
@@ -161,12 +210,17 @@ def test_a_tilde_is_the_home_folder(root, monkeypatch):
     assert load_dataset("test", "sample", root=f"~/{root.name}").root == root
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), Path.unlink],
-                         ids=["altered", "missing"])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"), Path.unlink],
+    ids=["altered", "missing"],
+)
 def test_a_damaged_sample_is_named(damage, root, tmp_path):
     shutil.copytree(root, tmp_path / "sample")
     damage(tmp_path / "sample" / "test.webp")
-    with pytest.raises(RuntimeError, match="test.webp is missing or damaged: take it from the repository again$"):
+    with pytest.raises(
+        RuntimeError, match="test.webp is missing or damaged: take it from the repository again$"
+    ):
         load_dataset("test", "sample", root=tmp_path / "sample")
 
 
@@ -177,35 +231,52 @@ def test_the_folder_comes_from_the_environment(cifar10_files, monkeypatch):
     assert data_folder() == Path("data")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"split": "training"}, "split is 'training': choose train, validation or test"),
-    ({"data": "MNIST"}, "data is 'MNIST': choose one of CIFAR-10, sample"),
-    ({"split": "validation"}, "validation_size is 0: choose 1 to 1999"),
-    ({"validation_size": 2000}, "validation_size is 2000: choose 1 to 1999"),
-    ({"data": []}, r"data is \[\]: choose one of"), ({"split": np.array(["train", "test"])}, "split is array"),
-    ({"root": 3}, "root is 3: choose None or the path of a folder"),
-    ({"seed": "0"}, "seed is '0': choose a whole number"), ({"seed": -1}, "seed is -1: choose a whole number"),
-    ({"transform": transforms.ToTensor()}, "transform is 'ToTensor': choose None or a transform of albumentations"),
-    ({"transform": []}, "transform is 'list': choose None or a transform of albumentations"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"split": "training"}, "split is 'training': choose train, validation or test"),
+        ({"data": "MNIST"}, "data is 'MNIST': choose one of CIFAR-10, sample"),
+        ({"split": "validation"}, "validation_size is 0: choose 1 to 1999"),
+        ({"validation_size": 2000}, "validation_size is 2000: choose 1 to 1999"),
+        ({"data": []}, r"data is \[\]: choose one of"),
+        ({"split": np.array(["train", "test"])}, "split is array"),
+        ({"root": 3}, "root is 3: choose None or the path of a folder"),
+        ({"seed": "0"}, "seed is '0': choose a whole number"),
+        ({"seed": -1}, "seed is -1: choose a whole number"),
+        (
+            {"transform": transforms.ToTensor()},
+            "transform is 'ToTensor': choose None or a transform of albumentations",
+        ),
+        ({"transform": []}, "transform is 'list': choose None or a transform of albumentations"),
+    ],
+)
 def test_impossible_splits_are_named(arguments, message, root):
     with pytest.raises(ValueError, match=message):
         load_dataset(**{"data": "sample", "root": root, **arguments})
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"batch_size": 0}, "batch_size is 0: choose 1 to 2000"),
-    ({"batch_size": 2001}, "batch_size is 2001: choose 1 to 2000"),
-    ({"shuffle": "yes"}, "shuffle is 'yes': choose True or False"), ({"seed": None}, "seed is None: choose a whole"),
-    ({"num_workers": -1}, "num_workers is -1: choose 0 to"),
-    ({"num_workers": CORES + 1}, f"num_workers is {CORES + 1}: choose 0 to {CORES}, the number of cores"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"batch_size": 0}, "batch_size is 0: choose 1 to 2000"),
+        ({"batch_size": 2001}, "batch_size is 2001: choose 1 to 2000"),
+        ({"shuffle": "yes"}, "shuffle is 'yes': choose True or False"),
+        ({"seed": None}, "seed is None: choose a whole"),
+        ({"num_workers": -1}, "num_workers is -1: choose 0 to"),
+        (
+            {"num_workers": CORES + 1},
+            f"num_workers is {CORES + 1}: choose 0 to {CORES}, the number of cores",
+        ),
+    ],
+)
 def test_impossible_loaders_are_named(arguments, message, train_set):
     with pytest.raises(ValueError, match=message):
         make_loader(train_set, **arguments)
 
 
-def test_a_loader_that_shuffles_has_up_to_eight_workers_and_one_that_does_not_keeps_the_order(train_set):
+def test_a_loader_that_shuffles_has_up_to_eight_workers_and_one_that_does_not_keeps_the_order(
+    train_set,
+):
     assert make_loader(train_set, shuffle=True).num_workers == min(CORES, 8)
     loader = make_loader(Subset(train_set, range(50)), 20)
     labels = [labels for _, labels in loader]
@@ -213,18 +284,25 @@ def test_a_loader_that_shuffles_has_up_to_eight_workers_and_one_that_does_not_ke
     assert torch.cat(labels).tolist() == train_set.targets[:50]
 
 
-@pytest.mark.parametrize("transform", [None, A.Sequential([A.RandomBrightnessContrast(p=1)]), A.GaussNoise(p=1)],
-                         ids=["ours", "Sequential", "no composition"])
+@pytest.mark.parametrize(
+    "transform",
+    [None, A.Sequential([A.RandomBrightnessContrast(p=1)]), A.GaussNoise(p=1)],
+    ids=["ours", "Sequential", "no composition"],
+)
 def test_batches_are_the_same_at_any_number_of_workers(transform, root):
     train_set = load_dataset("train", "sample", transform=transform, root=root)
-    one, other = (epoch(make_loader(train_set, 256, True, workers, seed=3)) for workers in (0, min(2, CORES)))
+    one, other = (
+        epoch(make_loader(train_set, 256, True, workers, seed=3)) for workers in (0, min(2, CORES))
+    )
     assert one.shape == (2000, 32, 32, 3) and one.dtype == torch.uint8
     assert torch.equal(one, other)
 
 
 def test_the_seeds_decide_order_and_augmentation(root):
     def first(loader_seed, data_seed):
-        loader = make_loader(load_dataset("train", "sample", seed=data_seed, root=root), 64, True, 0, loader_seed)
+        loader = make_loader(
+            load_dataset("train", "sample", seed=data_seed, root=root), 64, True, 0, loader_seed
+        )
         return next(iter(loader))
 
     images, labels = first(0, 0)
@@ -242,7 +320,9 @@ def test_no_epoch_batch_or_worker_repeats_a_stream_of_augmentations(root):
     batches = [images for _ in range(2) for images, _ in loader]
     fingerprints = [tuple(images.flatten(1).double().sum(1).tolist()) for images in batches]
     assert len(set(fingerprints)) == len(batches) == 16
-    starts = [batch[:3] for batch in fingerprints]  # not even the first draws of a batch are another's
+    starts = [
+        batch[:3] for batch in fingerprints
+    ]  # not even the first draws of a batch are another's
     assert len(set(starts)) == len(starts)
 
 
@@ -326,16 +406,21 @@ def test_workers_end_with_a_main_process_that_is_killed(train_set):
 
 # ---------------------------------------------------------------- missing and damaged data
 
+
 @pytest.fixture
 def no_network(monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # the discard port: refused at once
-    monkeypatch.setattr(urllib.request, "_opener", None)  # which remembers the proxies of its first use
+    monkeypatch.setattr(
+        urllib.request, "_opener", None
+    )  # which remembers the proxies of its first use
 
 
 @pytest.fixture
 def cifar10_files(tmp_path, monkeypatch):
-    """Write a small data set under CIFAR-10's own file names and have torchvision expect its MD5 sums."""
+    """Write a small data set under CIFAR-10's own file names and have torchvision expect its MD5
+    sums.
+    """
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     batch = pickle.dumps({"data": np.zeros((10, 3072), np.uint8), "labels": list(range(10))})
@@ -347,12 +432,16 @@ def cifar10_files(tmp_path, monkeypatch):
             (folder / file).write_bytes(batch)
     meta = pickle.dumps({"label_names": list(dataset.CLASSES)})
     (folder / "batches.meta").write_bytes(meta)
-    monkeypatch.setattr(dataset.CIFAR10, "meta", {**dataset.CIFAR10.meta, "md5": hashlib.md5(meta).hexdigest()})
+    monkeypatch.setattr(
+        dataset.CIFAR10, "meta", {**dataset.CIFAR10.meta, "md5": hashlib.md5(meta).hexdigest()}
+    )
     return folder
 
 
 def archive_of(folder, monkeypatch):
-    """Pack the files of a data set beside its folder and have torchvision expect the archive; return its path."""
+    """Pack the files of a data set beside its folder and have torchvision expect the archive;
+    return its path.
+    """
     path = folder.parent / "cifar-10-python.tar.gz"
     with tarfile.open(path, "w:gz") as archive:
         archive.add(folder, folder.name)
@@ -371,19 +460,30 @@ def test_no_data_and_no_network_is_one_line_with_the_remedy(tmp_path, no_network
 
 def test_whole_files_load_and_nothing_is_written(cifar10_files, no_network):
     """So a read-only folder will do."""
+
     def times():
-        return {path: path.stat().st_mtime_ns for path in [cifar10_files.parent, *cifar10_files.parent.rglob("*")]}
+        return {
+            path: path.stat().st_mtime_ns
+            for path in [cifar10_files.parent, *cifar10_files.parent.rglob("*")]
+        }
 
     before = times()
     assert len(load_dataset("train", root=cifar10_files.parent)) == 50
     assert times() == before
 
 
-@pytest.mark.parametrize("name, damage", [
-    ("data_batch_3", lambda path: path.write_bytes(path.read_bytes()[:100])),
-    ("test_batch", lambda path: path.unlink()),
-    ("batches.meta", lambda path: path.write_bytes(path.read_bytes().replace(b"frog", b"toad"))),
-], ids=["truncated", "missing", "altered"])
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("data_batch_3", lambda path: path.write_bytes(path.read_bytes()[:100])),
+        ("test_batch", lambda path: path.unlink()),
+        (
+            "batches.meta",
+            lambda path: path.write_bytes(path.read_bytes().replace(b"frog", b"toad")),
+        ),
+    ],
+    ids=["truncated", "missing", "altered"],
+)
 def test_a_damaged_batch_file_is_named(name, damage, cifar10_files, no_network):
     damage(cifar10_files / name)
     with pytest.raises(RuntimeError, match=f"{name} is missing or damaged") as error:
@@ -392,7 +492,9 @@ def test_a_damaged_batch_file_is_named(name, damage, cifar10_files, no_network):
 
 
 @pytest.mark.parametrize("name", ["data_batch_2", "batches.meta"])
-def test_a_file_that_is_not_the_expected_one_is_never_unpickled(name, cifar10_files, no_network, tmp_path):
+def test_a_file_that_is_not_the_expected_one_is_never_unpickled(
+    name, cifar10_files, no_network, tmp_path
+):
     trap, path = tmp_path / "trap", cifar10_files / name
     path.write_bytes(pickle.dumps(Code(trap)))
     with pytest.raises(RuntimeError, match=f"{name} is missing or damaged"):
@@ -406,9 +508,17 @@ def test_a_file_that_is_not_the_expected_one_is_never_unpickled(name, cifar10_fi
 def test_labels_out_of_range_are_named(cifar10_files, no_network, monkeypatch):
     path = cifar10_files / "data_batch_2"
     path.write_bytes(pickle.dumps({"data": np.zeros((10, 3072), np.uint8), "labels": [10] * 10}))
-    monkeypatch.setattr(dataset.CIFAR10, "train_list", [
-        [name, hashlib.md5((cifar10_files / name).read_bytes()).hexdigest()] for name, _ in dataset.CIFAR10.train_list])
-    with pytest.raises(RuntimeError, match="data_batch_2 is missing or damaged .images and labels do not fit"):
+    monkeypatch.setattr(
+        dataset.CIFAR10,
+        "train_list",
+        [
+            [name, hashlib.md5((cifar10_files / name).read_bytes()).hexdigest()]
+            for name, _ in dataset.CIFAR10.train_list
+        ],
+    )
+    with pytest.raises(
+        RuntimeError, match="data_batch_2 is missing or damaged .images and labels do not fit"
+    ):
         load_dataset("train", root=cifar10_files.parent)
 
 
@@ -418,7 +528,9 @@ def test_an_archive_put_there_by_hand_is_unpacked(cifar10_files, no_network, mon
     assert len(load_dataset("train", root=cifar10_files.parent)) == 50
 
 
-@pytest.mark.parametrize("obstacle", ["a file in its place", "a read-only folder", "a folder that can't be searched"])
+@pytest.mark.parametrize(
+    "obstacle", ["a file in its place", "a read-only folder", "a folder that can't be searched"]
+)
 def test_a_folder_that_cannot_be_written_is_named(obstacle, tmp_path, no_network, monkeypatch):
     root = tmp_path / "data"
     if obstacle == "a file in its place":
@@ -428,14 +540,19 @@ def test_a_folder_that_cannot_be_written_is_named(obstacle, tmp_path, no_network
         monkeypatch.setattr(dataset.os, "access", lambda path, mode: Path(path) != root)
     if obstacle == "a folder that can't be searched":  # Path.exists raises then, before Python 3.12
         monkeypatch.setattr(Path, "exists", Mock(side_effect=PermissionError))
-    with pytest.raises(RuntimeError, match=f"^{root} can't be written .*: name another folder with CIFAR10_ROOT$"):
+    with pytest.raises(
+        RuntimeError, match=f"^{root} can't be written .*: name another folder with CIFAR10_ROOT$"
+    ):
         load_dataset("train", root=root)
 
 
 def test_a_download_that_breaks_off_does_not_block_the_next_try(cifar10_files, monkeypatch):
     """A real server that closes the connection half way, at first."""
-    content, root = archive_of(cifar10_files, monkeypatch).read_bytes(), cifar10_files.parent / "data"
-    answer = content[:len(content) // 2]
+    content, root = (
+        archive_of(cifar10_files, monkeypatch).read_bytes(),
+        cifar10_files.parent / "data",
+    )
+    answer = content[: len(content) // 2]
 
     class Server(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -451,8 +568,12 @@ def test_a_download_that_breaks_off_does_not_block_the_next_try(cifar10_files, m
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(urllib.request, "_opener", None)
-    monkeypatch.setattr(dataset.CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz")
-    with pytest.raises(RuntimeError, match="cifar-10-python.tar.gz is incomplete or damaged .*: run again") as error:
+    monkeypatch.setattr(
+        dataset.CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
+    )
+    with pytest.raises(
+        RuntimeError, match="cifar-10-python.tar.gz is incomplete or damaged .*: run again"
+    ) as error:
         load_dataset("train", root=root)
     assert "\n" not in str(error.value)
     answer = content

@@ -1,4 +1,7 @@
-"""The networks: their sizes, their shapes, what their positions can see, and the fast depthwise convolution."""
+"""The networks: their sizes, their shapes, what their positions can see, and the fast depthwise
+convolution.
+"""
+
 import inspect
 import re
 
@@ -23,9 +26,13 @@ from model import (
 )
 
 
-@pytest.mark.parametrize("name, parameters, macs", [
-    ("PublishedDilated", 195_508, 93.3), ("PublishedDepthwise", 198_776, 48.4)])
-def test_published_networks_have_the_published_parameters_and_multiply_accumulates(name, parameters, macs):
+@pytest.mark.parametrize(
+    "name, parameters, macs",
+    [("PublishedDilated", 195_508, 93.3), ("PublishedDepthwise", 198_776, 48.4)],
+)
+def test_published_networks_have_the_published_parameters_and_multiply_accumulates(
+    name, parameters, macs
+):
     network = build_network(name)
     assert count_parameters(network) == parameters
     assert count_macs(network) / 1e6 == pytest.approx(macs, abs=0.06)
@@ -51,8 +58,12 @@ def test_ours_is_four_blocks_of_three_convolutions_each_of_which_halves_the_map_
             assert type(block) is nn.Sequential and len(block) == 3 and x.shape[-1] == side // 2
 
 
-@pytest.mark.parametrize("arguments, side", [({}, 12), ({"dilation": 2}, 12), ({"stride": 2}, 6), ({"padding": 2}, 14)])
-def test_a_standard_convolution_keeps_the_size_of_the_map_unless_it_has_a_stride_or_its_own_padding(arguments, side):
+@pytest.mark.parametrize(
+    "arguments, side", [({}, 12), ({"dilation": 2}, 12), ({"stride": 2}, 6), ({"padding": 2}, 14)]
+)
+def test_a_standard_convolution_keeps_the_size_of_the_map_unless_it_has_a_stride_or_its_own_padding(
+    arguments, side
+):
     assert conv(3, 4, **arguments)(torch.zeros(1, 3, 12, 12)).shape == (1, 4, side, side)
 
 
@@ -74,35 +85,56 @@ def test_the_receptive_field_is_what_the_gradients_reach(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_comment_beside_each_layer_tells_its_shape_and_receptive_field(name):
-    comments = re.findall(r"# (\d+) x (\d+) x (\d+), +([\d.]+)$", inspect.getsource(NETWORKS[name]), re.MULTILINE)
+    comments = re.findall(
+        r"# (\d+) x (\d+) x (\d+), +([\d.]+)$", inspect.getsource(NETWORKS[name]), re.MULTILINE
+    )
     last = [unit[-1] for unit in convolution_units(trace(build_network(name)))]
-    measured = [(each.channels[1], each.size[1], each.size[1], whole_pixels(each.receptive_field)) for each in last]
+    measured = [
+        (each.channels[1], each.size[1], each.size[1], whole_pixels(each.receptive_field))
+        for each in last
+    ]
     assert [tuple(map(float, comment)) for comment in comments] == measured
 
 
-@pytest.mark.parametrize("side, settings, size", [
-    (3, {}, (7, 10)), (4, {"stride": 2}, (16, 16)), (3, {"stride": 2}, (7, 10)), (5, {}, (8, 8)),
-    (5, {"dilation": 2}, (16, 16)),
-    (3, {"dilation": 2}, (16, 16)), (3, {"dilation": 2}, (18, 9)), (3, {"dilation": 2}, (9, 18))])
+@pytest.mark.parametrize(
+    "side, settings, size",
+    [
+        (3, {}, (7, 10)),
+        (4, {"stride": 2}, (16, 16)),
+        (3, {"stride": 2}, (7, 10)),
+        (5, {}, (8, 8)),
+        (5, {"dilation": 2}, (16, 16)),
+        (3, {"dilation": 2}, (16, 16)),
+        (3, {"dilation": 2}, (18, 9)),
+        (3, {"dilation": 2}, (9, 18)),
+    ],
+)
 def test_a_depthwise_convolution_is_the_same_in_fp32_and_under_bf16_autocast(side, settings, size):
     torch.manual_seed(0)
     weight, x = torch.randn(8, 1, side, side, requires_grad=True), torch.randn(2, 8, *size)
     dilation = settings.get("dilation", 1)
-    exact = F.conv2d(x, weight, None, settings.get("stride", 1), (side - 1) // 2 * dilation, dilation, groups=8)
+    exact = F.conv2d(
+        x, weight, None, settings.get("stride", 1), (side - 1) // 2 * dilation, dilation, groups=8
+    )
     assert torch.equal(depthwise_conv2d(x, weight, **settings), exact)
     (gradient,) = torch.autograd.grad(exact.square().sum(), weight)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = depthwise_conv2d(x.bfloat16(), weight, **settings)
     assert rounded.dtype == torch.bfloat16
-    torch.testing.assert_close(rounded.float(), exact, rtol=0.02, atol=0.02 * exact.abs().max().item())
+    torch.testing.assert_close(
+        rounded.float(), exact, rtol=0.02, atol=0.02 * exact.abs().max().item()
+    )
     with torch.no_grad():  # where there is no backward pass to care for
         native = depthwise_conv2d(x.bfloat16(), weight.bfloat16(), **settings)
     torch.testing.assert_close(native, rounded, rtol=0.01, atol=0.05)
     rounded.float().square().sum().backward()
-    torch.testing.assert_close(weight.grad, gradient, rtol=0.02, atol=0.02 * gradient.abs().max().item())
+    torch.testing.assert_close(
+        weight.grad, gradient, rtol=0.02, atol=0.02 * gradient.abs().max().item()
+    )
 
 
 # ---------------------------------------------------------------- mirrored pairs
+
 
 def swap(x):
     """The halves of the channels, exchanged."""
@@ -110,46 +142,78 @@ def swap(x):
 
 
 def randomise(module):
-    """Give batch norms other statistics and weights than those they begin with, as training does."""
+    """Give batch norms other statistics and weights than those they begin with, as training
+    does.
+    """
     for value in module.state_dict().values():
         if value.ndim == 1:
             nn.init.uniform_(value, 0.5, 1.5)
     return module.eval()
 
 
-@pytest.mark.parametrize("layer", [
-    MirrorConv2d(6, 8), MirrorConv2d(6, 8, 1), MirrorConv2d(6, 8, 4, stride=2), MirrorDepthwise(6),
-    MirrorDepthwise(6, 4, stride=2), MirrorDepthwise(6, dilation=2), MirrorBatchNorm2d(6), standard(6, 6),
-    separable(6, 8, 4, stride=2)])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        MirrorConv2d(6, 8),
+        MirrorConv2d(6, 8, 1),
+        MirrorConv2d(6, 8, 4, stride=2),
+        MirrorDepthwise(6),
+        MirrorDepthwise(6, 4, stride=2),
+        MirrorDepthwise(6, dilation=2),
+        MirrorBatchNorm2d(6),
+        standard(6, 6),
+        separable(6, 8, 4, stride=2),
+    ],
+)
 def test_each_layer_is_flip_equivariant(layer):
     """A flipped input with its halves swapped gives the flipped output with its halves swapped."""
     x = torch.randn(2, 6, 8, 12)
-    torch.testing.assert_close(randomise(layer)(swap(x).flip(3)), swap(layer(x)).flip(3), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        randomise(layer)(swap(x).flip(3)), swap(layer(x)).flip(3), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kernel_size, stride", [(3, 1), (4, 2)])
 def test_a_lifting_convolution_makes_pairs_of_an_image(kernel_size, stride):
     layer, image = MirrorConv2d(3, 8, kernel_size, stride, lifting=True), torch.randn(2, 3, 8, 12)
-    torch.testing.assert_close(layer(image.flip(3)), swap(layer(image)).flip(3), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        layer(image.flip(3)), swap(layer(image)).flip(3), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_mean_of_the_pairs_is_the_same_for_exchanged_halves():
     x = torch.randn(2, 6)
-    assert MirrorMean()(x).equal((x[:, :3] + x[:, 3:]) / 2) and MirrorMean()(swap(x)).equal(MirrorMean()(x))
+    assert MirrorMean()(x).equal((x[:, :3] + x[:, 3:]) / 2) and MirrorMean()(swap(x)).equal(
+        MirrorMean()(x)
+    )
 
 
-@pytest.mark.parametrize("layer, plain", [
-    (MirrorConv2d(6, 8), nn.Conv2d(6, 8, 3, bias=False)),
-    (MirrorDepthwise(6), nn.Conv2d(6, 6, 3, groups=6, bias=False)),
-    (MirrorConv2d(6, 8, 4, stride=2), nn.Conv2d(6, 8, 4, bias=False)), (MirrorBatchNorm2d(6), nn.BatchNorm2d(6))])
+@pytest.mark.parametrize(
+    "layer, plain",
+    [
+        (MirrorConv2d(6, 8), nn.Conv2d(6, 8, 3, bias=False)),
+        (MirrorDepthwise(6), nn.Conv2d(6, 6, 3, groups=6, bias=False)),
+        (MirrorConv2d(6, 8, 4, stride=2), nn.Conv2d(6, 8, 4, bias=False)),
+        (MirrorBatchNorm2d(6), nn.BatchNorm2d(6)),
+    ],
+)
 def test_a_mirrored_layer_has_half_the_parameters_of_a_plain_one(layer, plain):
     assert 2 * count_parameters(layer) == count_parameters(plain)
 
 
-@pytest.mark.parametrize("layer", [lambda: MirrorConv2d(5, 8), lambda: MirrorConv2d(6, 7),
-                                   lambda: MirrorDepthwise(5), lambda: MirrorBatchNorm2d(7)])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: MirrorConv2d(5, 8),
+        lambda: MirrorConv2d(6, 7),
+        lambda: MirrorDepthwise(5),
+        lambda: MirrorBatchNorm2d(7),
+    ],
+)
 def test_mirrored_pairs_need_an_even_number_of_channels(layer):
-    with pytest.raises(ValueError, match="^[57] channels can't be mirrored pairs: choose an even number$"):
+    with pytest.raises(
+        ValueError, match="^[57] channels can't be mirrored pairs: choose an even number$"
+    ):
         layer()
 
 
@@ -167,10 +231,15 @@ def test_in_training_batch_norm_is_that_of_pytorch_with_shared_scale_and_shift()
 def test_logits_of_an_image_and_of_its_mirror_image_agree_to_rounding(size):
     """In fp64, where rounding is small, and at sizes that stay even through all blocks."""
     torch.manual_seed(0)
-    network, images = build_network("NetDilated").double(), torch.randn(8, 3, size, size, dtype=torch.float64)
+    network, images = (
+        build_network("NetDilated").double(),
+        torch.randn(8, 3, size, size, dtype=torch.float64),
+    )
     for module in network.modules():
         if isinstance(module, MirrorBatchNorm2d):
-            module.momentum = 1  # the running statistics are those of this batch, which differ within a pair
+            module.momentum = (
+                1  # the running statistics are those of this batch, which differ within a pair
+            )
     network(images)
     logits = network.eval()(images)
     assert logits.std(0).min() > 0.01
@@ -178,5 +247,7 @@ def test_logits_of_an_image_and_of_its_mirror_image_agree_to_rounding(size):
 
 
 def test_an_unknown_network_is_named_with_the_known_ones():
-    with pytest.raises(ValueError, match="'ResNet' is unknown: choose one of NetDilated, PublishedDilated"):
+    with pytest.raises(
+        ValueError, match="'ResNet' is unknown: choose one of NetDilated, PublishedDilated"
+    ):
         build_network("ResNet")

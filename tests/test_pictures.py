@@ -1,4 +1,5 @@
 """Your own picture: any size and mode as a person would see it, and one line for what is none."""
+
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,16 @@ def halves():
 
 
 def is_red(picture, tolerance=40):
-    return picture.dtype == np.uint8 and picture.shape[2] == 3 and np.abs(picture.astype(int) - RED).max() <= tolerance
+    return (
+        picture.dtype == np.uint8
+        and picture.shape[2] == 3
+        and np.abs(picture.astype(int) - RED).max() <= tolerance
+    )
 
 
-@pytest.mark.parametrize("suffix, mode", [("png", "RGB"), ("jpeg", "CMYK"), ("gif", "P"), ("tiff", "RGBA")])
+@pytest.mark.parametrize(
+    "suffix, mode", [("png", "RGB"), ("jpeg", "CMYK"), ("gif", "P"), ("tiff", "RGBA")]
+)
 def test_files_of_all_modes_give_the_largest_centred_square(suffix, mode, halves, tmp_path):
     image, path = Image.fromarray(halves), tmp_path / f"picture.{suffix}"
     (image.quantize() if mode == "P" else image.convert(mode)).save(path)
@@ -40,20 +47,47 @@ def test_a_high_picture_is_cropped_above_and_below(halves):
     assert is_red(open_picture(halves.transpose(1, 0, 2)), 0)
 
 
-@pytest.mark.parametrize("convert", [
-    lambda a: a, lambda a: a / 255, lambda a: a.astype(np.uint16) * 257,
-    lambda a: np.dstack([a, np.full(a.shape[:2], 255, np.uint8)]),
-], ids=["uint8", "floats", "uint16", "alpha"])
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda a: a,
+        lambda a: a / 255,
+        lambda a: a.astype(np.uint16) * 257,
+        lambda a: np.dstack([a, np.full(a.shape[:2], 255, np.uint8)]),
+    ],
+    ids=["uint8", "floats", "uint16", "alpha"],
+)
 def test_arrays_of_all_kinds_are_pictures(convert, halves):
     assert is_red(open_picture(convert(halves)), 1)
 
 
-@pytest.mark.parametrize("image", [
-    Image.new("L", (9, 9), 100), Image.new("LA", (9, 9), (100, 255)), Image.new("I", (9, 9), 100 * 257),
-    Image.new("I;16", (9, 9), 100 * 257), Image.new("F", (9, 9), 100 * 257), Image.new("I", (9, 9), 100),
-    Image.new("F", (9, 9), 100), Image.new("F", (9, 9), 100.5 / 255), np.full((9, 9), 100, np.uint8),
-    np.full((9, 9, 1), 100, np.uint8)],
-    ids=["L", "LA", "I", "I;16", "F", "I of 8 bits", "F of 8 bits", "F to 1", "array", "array of one channel"])
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.new("L", (9, 9), 100),
+        Image.new("LA", (9, 9), (100, 255)),
+        Image.new("I", (9, 9), 100 * 257),
+        Image.new("I;16", (9, 9), 100 * 257),
+        Image.new("F", (9, 9), 100 * 257),
+        Image.new("I", (9, 9), 100),
+        Image.new("F", (9, 9), 100),
+        Image.new("F", (9, 9), 100.5 / 255),
+        np.full((9, 9), 100, np.uint8),
+        np.full((9, 9, 1), 100, np.uint8),
+    ],
+    ids=[
+        "L",
+        "LA",
+        "I",
+        "I;16",
+        "F",
+        "I of 8 bits",
+        "F of 8 bits",
+        "F to 1",
+        "array",
+        "array of one channel",
+    ],
+)
 def test_greyscale_becomes_grey_and_16_bits_keep_their_brightness(image):
     assert (open_picture(image) == 100).all()
 
@@ -66,7 +100,9 @@ def test_what_is_transparent_becomes_white(tmp_path):
 
 
 def test_exif_orientation_is_obeyed(tmp_path):
-    image = Image.fromarray(np.concatenate([np.full((8, 16, 3), 250, np.uint8), np.zeros((8, 16, 3), np.uint8)]))
+    image = Image.fromarray(
+        np.concatenate([np.full((8, 16, 3), 250, np.uint8), np.zeros((8, 16, 3), np.uint8)])
+    )
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     image.save(tmp_path / "turned.png", exif=exif)
@@ -92,23 +128,51 @@ def containing(content):
     return lambda path: path.write_bytes(content) and path
 
 
-@pytest.mark.parametrize("make, reason", [
-    (lambda path: path, "No such file"), (lambda path: path.parent, "directory|Permission"),
-    (containing(b"no image"), "cannot identify"), (truncated, "truncated"),
-    (containing(b"P6 20000 20000 255\n"), "exceeds limit of 178956970 pixels"),
-    (lambda _: np.full((9, 9, 3), np.nan), "floats are not all from 0 to 1"),
-    (lambda _: np.full((9, 9, 3), 2.0), "floats are not all from 0 to 1"),
-    (lambda _: np.zeros((3, 9, 9), np.uint8), r"shape is \(3, 9, 9\)"),
-    (lambda _: np.zeros((9, 9, 3), int), "type is int"), (lambda _: Image.new("RGB", (9, 0)), "empty, 9 x 0 pixels"),
-    (lambda _: None, "no path, PIL image or array"),
-    (lambda _: Image.new("F", (9, 9), float("nan")), "its values, of mode F, are not all from 0 to 65535"),
-    (lambda _: Image.new("I", (9, 9), -5), "its values, of mode I, are not all from 0 to 65535"),
-], ids=["missing", "a folder", "text", "truncated", "absurdly large", "not a number", "out of range", "channels first",
-        "integers", "no pixels", "nothing", "mode F of NaN", "mode I below 0"])
+@pytest.mark.parametrize(
+    "make, reason",
+    [
+        (lambda path: path, "No such file"),
+        (lambda path: path.parent, "directory|Permission"),
+        (containing(b"no image"), "cannot identify"),
+        (truncated, "truncated"),
+        (containing(b"P6 20000 20000 255\n"), "exceeds limit of 178956970 pixels"),
+        (lambda _: np.full((9, 9, 3), np.nan), "floats are not all from 0 to 1"),
+        (lambda _: np.full((9, 9, 3), 2.0), "floats are not all from 0 to 1"),
+        (lambda _: np.zeros((3, 9, 9), np.uint8), r"shape is \(3, 9, 9\)"),
+        (lambda _: np.zeros((9, 9, 3), int), "type is int"),
+        (lambda _: Image.new("RGB", (9, 0)), "empty, 9 x 0 pixels"),
+        (lambda _: None, "no path, PIL image or array"),
+        (
+            lambda _: Image.new("F", (9, 9), float("nan")),
+            "its values, of mode F, are not all from 0 to 65535",
+        ),
+        (
+            lambda _: Image.new("I", (9, 9), -5),
+            "its values, of mode I, are not all from 0 to 65535",
+        ),
+    ],
+    ids=[
+        "missing",
+        "a folder",
+        "text",
+        "truncated",
+        "absurdly large",
+        "not a number",
+        "out of range",
+        "channels first",
+        "integers",
+        "no pixels",
+        "nothing",
+        "mode F of NaN",
+        "mode I below 0",
+    ],
+)
 def test_what_is_no_picture_is_refused_in_one_line_with_the_reason(make, reason, tmp_path):
     source = make(tmp_path / "picture")
     name = str(source) if isinstance(source, Path) else f"the {type(source).__name__}"
-    with pytest.raises(ValueError, match=rf"can't be used as a picture \(.*({reason}).*\): give a path of") as error:
+    with pytest.raises(
+        ValueError, match=rf"can't be used as a picture \(.*({reason}).*\): give a path of"
+    ) as error:
         open_picture(source)
     assert "\n" not in str(error.value) and str(error.value).startswith(name)
 
@@ -129,7 +193,9 @@ class Brightness(nn.Module):
 def test_classify_one_and_many():
     model, bright, dark = Brightness(), np.full((50, 70), 255, np.uint8), np.zeros((33, 32, 3))
     one = classify(model, bright)
-    assert len(one) == 5 and [name for name, _ in one[:2]] == ["ship", "truck"] and not model.training
+    assert (
+        len(one) == 5 and [name for name, _ in one[:2]] == ["ship", "truck"] and not model.training
+    )
     assert one[0][1] > 0.9 and sum(probability for _, probability in one) <= 1.0001
     many = classify(model, [bright, dark] * 10, count=1)
     assert [name for ((name, _),) in many] == ["ship", "truck"] * 10
@@ -138,26 +204,44 @@ def test_classify_one_and_many():
 
 
 def test_a_temperature_divides_the_logits():
-    sharp, soft = (dict(classify(Brightness(), np.full((9, 9), 255, np.uint8), 10, temperature))
-                   for temperature in (1.0, 4.0))
-    assert np.log(sharp["ship"] / sharp["truck"]) == pytest.approx(4 * np.log(soft["ship"] / soft["truck"]), rel=1e-3)
+    sharp, soft = (
+        dict(classify(Brightness(), np.full((9, 9), 255, np.uint8), 10, temperature))
+        for temperature in (1.0, 4.0)
+    )
+    assert np.log(sharp["ship"] / sharp["truck"]) == pytest.approx(
+        4 * np.log(soft["ship"] / soft["truck"]), rel=1e-3
+    )
     with pytest.raises(ValueError, match="^temperature is 0: choose a number above 0$"):
         classify(Brightness(), np.zeros((9, 9), np.uint8), temperature=0)
 
 
-@pytest.mark.parametrize("changes, text", [
-    ({"count": 11}, "^count is 11: choose 1 to 10, the number of classes$"), ({"count": -1}, "^count is -1: choose"),
-    ({"count": "5"}, "^count is '5': choose 1 to 10"),
-    ({"classes": ("cat", "dog"), "count": 2}, "^the number of classes is 2: choose 10 names, one for each logit"),
-    ({"model": (Brightness(), {})}, "^model is 'tuple': choose a network: the first of the pair that load returns$"),
-])
+@pytest.mark.parametrize(
+    "changes, text",
+    [
+        ({"count": 11}, "^count is 11: choose 1 to 10, the number of classes$"),
+        ({"count": -1}, "^count is -1: choose"),
+        ({"count": "5"}, "^count is '5': choose 1 to 10"),
+        (
+            {"classes": ("cat", "dog"), "count": 2},
+            "^the number of classes is 2: choose 10 names, one for each logit",
+        ),
+        (
+            {"model": (Brightness(), {})},
+            "^model is 'tuple': choose a network: the first of the pair that load returns$",
+        ),
+    ],
+)
 def test_arguments_of_classify_that_are_impossible_are_named(changes, text):
     with pytest.raises(ValueError, match=text):
         classify(**{"model": Brightness(), "sources": np.zeros((9, 9), np.uint8), **changes})
 
 
 def test_the_network_sees_a_picture_as_it_sees_test_images():
-    seen, model, noise = [], Brightness(), np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+    seen, model, noise = (
+        [],
+        Brightness(),
+        np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8),
+    )
     model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
     classify(model, noise)
     assert torch.equal(seen[0], normalise(dataset.test_transform()(image=noise)["image"][None]))
@@ -167,5 +251,7 @@ def test_the_figure_shows_the_picture_what_the_network_sees_and_the_classes(tmp_
     noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
     figure = plot_picture(noise, classify(Brightness(), noise), tmp_path / "img" / "picture.png")
     whole, small = (axis.images[0].get_array() for axis in figure.axes[:2])
-    assert np.array_equal(whole, noise) and np.array_equal(small, dataset.test_transform()(image=noise)["image"])
+    assert np.array_equal(whole, noise) and np.array_equal(
+        small, dataset.test_transform()(image=noise)["image"]
+    )
     assert len(figure.axes[2].patches) == 5 and (tmp_path / "img" / "picture.png").exists()

@@ -1,4 +1,5 @@
 """The recipe: what its settings may be, and the optimizer and schedule that follow from it."""
+
 import copy
 import json
 import random
@@ -24,7 +25,10 @@ from recipe import (
 # ---------------------------------------------------------------- settings
 
 IMPOSSIBLE = {  # what is allowed, and values that are not
-    "network": ("one of NetDilated, PublishedDilated, PublishedDepthwise", ["ResNet", (), np.array(["a", "b"])]),
+    "network": (
+        "one of NetDilated, PublishedDilated, PublishedDepthwise",
+        ["ResNet", (), np.array(["a", "b"])],
+    ),
     "data": ("one of CIFAR-10, sample", ["MNIST", None, {}]),
     "validation_size": ("a whole number, 0 or more", [-1, 0.1]),
     "epochs": ("a whole number, 1 to 100000", [0, True, 2**70]),
@@ -32,11 +36,17 @@ IMPOSSIBLE = {  # what is allowed, and values that are not
     "optimizer": ("SGD or Muon", ["Adam", None, np.array(["SGD", "Muon"])]),
     "max_lr": ("a number above 0", [0, float("inf")]),
     "warmup": ("a number above 0 and below 1", [0.0, 1]),
-    "momentum": ("a pair of numbers above 0 and below 1", [(0.85,), (0.85, 1.1), 0.9, np.array([0.85, 0.95])]),
+    "momentum": (
+        "a pair of numbers above 0 and below 1",
+        [(0.85,), (0.85, 1.1), 0.9, np.array([0.85, 0.95])],
+    ),
     "weight_decay": ("a number, 0 or more", [-1e-4, float("nan")]),
     "augmentation": ("a probability, 0 to 1", [-0.1, 1.1]),
     "corruption": ("a probability, 0 to 1", [-0.1, 1.1, "0.3"]),
-    "sizes": ("sizes in pixels, each 8 to 1024, such as 16,32 or 32,", [32, (), (32, 7), (16.0,), (2**70,)]),
+    "sizes": (
+        "sizes in pixels, each 8 to 1024, such as 16,32 or 32,",
+        [32, (), (32, 7), (16.0,), (2**70,)],
+    ),
     "teacher": ("None or the path of a folder", [3, __file__, ""]),
     "distillation_weight": ("a number, 0 to 1", [-0.1, 1.1]),
     "distillation_temperature": ("a number above 0", [0, "4"]),
@@ -61,9 +71,26 @@ def test_an_unknown_setting_is_named():
 
 
 def test_settings_at_their_limits_are_possible():
-    low = Recipe(validation_size=0, epochs=1, batch_size=2, weight_decay=0, augmentation=0, sizes=(8,), teacher=None,
-                 distillation_weight=0, seed=0, num_workers=0, max_lr=1e-9)
-    high = Recipe(augmentation=1, distillation_weight=1.0, seed=2**32 - 1, num_workers=CORES, momentum=(0.9, 0.99))
+    low = Recipe(
+        validation_size=0,
+        epochs=1,
+        batch_size=2,
+        weight_decay=0,
+        augmentation=0,
+        sizes=(8,),
+        teacher=None,
+        distillation_weight=0,
+        seed=0,
+        num_workers=0,
+        max_lr=1e-9,
+    )
+    high = Recipe(
+        augmentation=1,
+        distillation_weight=1.0,
+        seed=2**32 - 1,
+        num_workers=CORES,
+        momentum=(0.9, 0.99),
+    )
     assert low.sizes == (8,) and high.seed == 2**32 - 1
 
 
@@ -73,7 +100,9 @@ def test_a_run_without_a_teacher_has_no_recipe_for_it():
 
 
 def test_lists_become_tuples_and_paths_become_strings():
-    recipe = Recipe(sizes=[16, 32], momentum=[0.8, 0.9], folder=Path("weights/new"), teacher=Path("weights"))
+    recipe = Recipe(
+        sizes=[16, 32], momentum=[0.8, 0.9], folder=Path("weights/new"), teacher=Path("weights")
+    )
     assert (recipe.sizes, recipe.momentum) == ((16, 32), (0.8, 0.9))
     assert (recipe.folder, recipe.teacher) == (str(Path("weights/new")), "weights")
 
@@ -121,9 +150,18 @@ def test_the_quick_recipe_has_two_epochs_and_no_teacher_and_takes_changes():
     assert Recipe.quick(epochs=5, seed=1).to_json() == {**quick.to_json(), "epochs": 5, "seed": 1}
 
 
-@pytest.mark.parametrize("epochs, sizes, seen", [
-    (3, (32,), [32, 32, 32]), (4, (16, 32), [16, 16, 32, 32]), (2, (16, 24, 32), [24, 32]), (3, (8, 24), [8, 8, 24])])
-def test_each_size_has_an_equal_share_of_the_epochs_and_the_last_one_comes_last(epochs, sizes, seen):
+@pytest.mark.parametrize(
+    "epochs, sizes, seen",
+    [
+        (3, (32,), [32, 32, 32]),
+        (4, (16, 32), [16, 16, 32, 32]),
+        (2, (16, 24, 32), [24, 32]),
+        (3, (8, 24), [8, 8, 24]),
+    ],
+)
+def test_each_size_has_an_equal_share_of_the_epochs_and_the_last_one_comes_last(
+    epochs, sizes, seen
+):
     recipe = Recipe(epochs=epochs, sizes=sizes)
     assert [recipe.image_size(epoch) for epoch in range(epochs)] == seen
 
@@ -139,11 +177,16 @@ def test_a_seed_decides_what_all_random_generators_draw():
 
 # ---------------------------------------------------------------- optimizer
 
+
 def test_weights_decay_but_not_norms_and_biases():
     model = NetDilated()
     decayed, others = make_optimizer(model, Recipe(optimizer="SGD", weight_decay=0.01)).param_groups
-    assert decayed["weight_decay"] == 0.01 and all(parameter.ndim > 1 for parameter in decayed["params"])
-    assert others["weight_decay"] == 0 and all(parameter.ndim == 1 for parameter in others["params"])
+    assert decayed["weight_decay"] == 0.01 and all(
+        parameter.ndim > 1 for parameter in decayed["params"]
+    )
+    assert others["weight_decay"] == 0 and all(
+        parameter.ndim == 1 for parameter in others["params"]
+    )
     assert len(decayed["params"]) + len(others["params"]) == len(list(model.parameters()))
 
 
@@ -151,21 +194,34 @@ def test_weights_decay_but_not_norms_and_biases():
 def test_muon_has_each_parameter_once_and_makes_the_updates_of_hidden_convolutions_orthogonal(name):
     model = build_network(name)
     groups = make_optimizer(model, Recipe(optimizer="Muon", weight_decay=0.01)).param_groups
-    assert sorted(id(each) for group in groups for each in group["params"]) == sorted(map(id, model.parameters()))
+    assert sorted(id(each) for group in groups for each in group["params"]) == sorted(
+        map(id, model.parameters())
+    )
     (orthogonal,) = [group for group in groups if group.get("orthogonal")]
     names = {id(parameter): key for key, parameter in model.named_parameters()}
-    hidden = [f"{key}.weight" for key, module in model.named_modules()
-              if isinstance(module, MirrorConv2d) or (isinstance(module, nn.Conv2d) and module.groups == 1)]
-    hidden = hidden if name == "NetDilated" else hidden[:-1]  # the last one of PublishedDilated makes the logits
-    assert [names[id(each)] for each in orthogonal["params"]] == hidden and orthogonal["weight_decay"] == 0
+    hidden = [
+        f"{key}.weight"
+        for key, module in model.named_modules()
+        if isinstance(module, MirrorConv2d)
+        or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    ]
+    hidden = (
+        hidden if name == "NetDilated" else hidden[:-1]
+    )  # the last one of PublishedDilated makes the logits
+    assert [names[id(each)] for each in orthogonal["params"]] == hidden and orthogonal[
+        "weight_decay"
+    ] == 0
     (decayed,) = [group for group in groups if group["weight_decay"]]
     assert {names[id(each)] for each in decayed["params"]} == {
-        key for key, parameter in model.named_parameters() if parameter.ndim > 1} - set(hidden)
+        key for key, parameter in model.named_parameters() if parameter.ndim > 1
+    } - set(hidden)
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8)])
 def test_newton_schulz_keeps_the_singular_vectors_and_brings_the_values_near_one(shape):
-    left, values, right = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), False)
+    left, values, right = torch.linalg.svd(
+        torch.randn(shape, generator=torch.Generator().manual_seed(0)), False
+    )
     values = torch.linspace(0.05, 1, len(values))
     for scale in (1e-3, 1e3):
         turned = left.T @ zeropower_via_newtonschulz5(scale * (left * values) @ right) @ right.T
@@ -175,33 +231,48 @@ def test_newton_schulz_keeps_the_singular_vectors_and_brings_the_values_near_one
 
 def test_newton_schulz_treats_each_matrix_of_a_batch_as_if_it_were_alone():
     matrices = torch.randn(3, 8, 12)
-    torch.testing.assert_close(zeropower_via_newtonschulz5(matrices),
-                               torch.stack([zeropower_via_newtonschulz5(each) for each in matrices]))
+    torch.testing.assert_close(
+        zeropower_via_newtonschulz5(matrices),
+        torch.stack([zeropower_via_newtonschulz5(each) for each in matrices]),
+    )
 
 
 def test_two_steps_of_muon():
-    """Recomputed: SGD for the linear layer, an orthogonal step of a tenth of the rate for the convolution."""
+    """Recomputed: SGD for the linear layer, an orthogonal step of a tenth of the rate for the
+    convolution.
+    """
     torch.manual_seed(0)
-    model = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    model = nn.Sequential(
+        conv(3, 8), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    )
     with torch.no_grad():
         model[0].weight.mul_(5)  # whatever its norm is
     recipe = Recipe(optimizer="Muon", max_lr=0.2, momentum=(0.8, 0.9), weight_decay=0.01)
     muon, other = make_optimizer(model, recipe), copy.deepcopy(model[4])
-    sgd = torch.optim.SGD([{"params": [other.weight], "weight_decay": 0.01}, {"params": [other.bias]}],
-                          0.2, momentum=0.9, nesterov=True)
+    sgd = torch.optim.SGD(
+        [{"params": [other.weight], "weight_decay": 0.01}, {"params": [other.bias]}],
+        0.2,
+        momentum=0.9,
+        nesterov=True,
+    )
     images, labels, velocity = torch.randn(20, 3, 8, 8), torch.randint(10, (20,)), 0
     for _ in range(2):
         state, muon = muon.state_dict(), make_optimizer(model, recipe)
         muon.load_state_dict(state)  # as a run that goes on does
         muon.zero_grad()
         F.cross_entropy(model(images), labels).backward()
-        other.weight.grad, other.bias.grad = model[4].weight.grad.clone(), model[4].bias.grad.clone()
+        other.weight.grad, other.bias.grad = (
+            model[4].weight.grad.clone(),
+            model[4].bias.grad.clone(),
+        )
         gradient, before = model[0].weight.grad.clone(), model[0].weight.detach().clone()
         muon.step()
         sgd.step()
         velocity = 0.9 * velocity + gradient
         update = zeropower_via_newtonschulz5((gradient + 0.9 * velocity).flatten(1)).view_as(before)
-        torch.testing.assert_close(model[0].weight, before * 8**0.5 / before.norm() - 0.1 * 0.2 * update)
+        torch.testing.assert_close(
+            model[0].weight, before * 8**0.5 / before.norm() - 0.1 * 0.2 * update
+        )
         torch.testing.assert_close(model[4].weight, other.weight)
         torch.testing.assert_close(model[4].bias, other.bias)
     assert torch.equal(muon.state[model[0].weight]["momentum_buffer"], velocity)
@@ -215,6 +286,7 @@ def test_a_step_of_muon_without_gradients_changes_nothing():
 
 
 # ---------------------------------------------------------------- schedule
+
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Muon"])
 def test_the_learning_rate_peaks_after_the_warmup_and_the_momentum_does_the_opposite(optimizer):
@@ -238,7 +310,9 @@ def test_the_learning_rate_peaks_after_the_warmup_and_the_momentum_does_the_oppo
 def test_the_shortest_run_has_three_steps():
     recipe, rates = Recipe(epochs=1, max_lr=0.2, warmup=0.25), []
     optimizer = make_optimizer(NetDilated(), recipe)
-    with pytest.raises(ValueError, match="^the number of steps is 2: choose more epochs or a smaller batch_size"):
+    with pytest.raises(
+        ValueError, match="^the number of steps is 2: choose more epochs or a smaller batch_size"
+    ):
         make_scheduler(optimizer, recipe, steps_per_epoch=2)
     for steps in (3, 4):
         scheduler = make_scheduler(optimizer, recipe, steps)

@@ -1,4 +1,5 @@
 """The whole experiment, `train.run`, and the command line."""
+
 import os
 import re
 import runpy
@@ -35,13 +36,27 @@ def exit_of(*arguments):
     return end.value.code
 
 
-TINY = ("--data", "sample", "--teacher", "None", "--batch-size", "100", "--num-workers", "0", "--epochs", "1")
+TINY = (
+    "--data",
+    "sample",
+    "--teacher",
+    "None",
+    "--batch-size",
+    "100",
+    "--num-workers",
+    "0",
+    "--epochs",
+    "1",
+)
 
 
 # ---------------------------------------------------------------- the clock
 
+
 def test_the_clock_times_two_steps_at_each_size_and_leaves_the_random_generators_alone(monkeypatch):
-    """A step takes a second and a second more at each size: 3 epochs of 10 steps at 8 pixels, and 1 of 16."""
+    """A step takes a second and a second more at each size: 3 epochs of 10 steps at 8 pixels, and 1
+    of 16.
+    """
     now, steps = [0.0], []
 
     def slow(model, batches, recipe, epoch, optimizer, teacher):
@@ -58,7 +73,9 @@ def test_the_clock_times_two_steps_at_each_size_and_leaves_the_random_generators
     assert sorted(steps) == [8, 8, 16, 16] and torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("seconds, text", [(49.6, "50 s"), (119, "2 min"), (3599, "1 h 0 min"), (11_400, "3 h 10 min")])
+@pytest.mark.parametrize(
+    "seconds, text", [(49.6, "50 s"), (119, "2 min"), (3599, "1 h 0 min"), (11_400, "3 h 10 min")]
+)
 def test_a_time_is_said_as_a_person_would(seconds, text):
     assert train.duration(seconds) == text
 
@@ -68,8 +85,11 @@ def test_a_long_run_is_announced_in_one_line(monkeypatch):
     monkeypatch.setattr(train, "estimate", lambda recipe, images, *_: recipe.epochs * images / 100)
     monkeypatch.setattr(train, "hardware", lambda device: "some processor")
     line = train.announce(replace(SHORT, teacher=None))
-    assert re.fullmatch(r"a whole run of 4 epochs: about 80 s of training steps on some processor; Recipe.quick\(\) "
-                        r"takes about 17 min and reaches 8\d.\d % on CIFAR-10", line)
+    assert re.fullmatch(
+        r"a whole run of 4 epochs: about 80 s of training steps on some processor; Recipe.quick\(\) "
+        r"takes about 17 min and reaches 8\d.\d % on CIFAR-10",
+        line,
+    )
 
 
 def test_the_quick_run_is_announced_and_timed_once(monkeypatch):
@@ -77,18 +97,23 @@ def test_the_quick_run_is_announced_and_timed_once(monkeypatch):
     timed = []
     monkeypatch.setattr(train, "estimate", lambda recipe, *_: timed.append(recipe) or 60.0)
     monkeypatch.setattr(train, "load_dataset", lambda *_: load_dataset("train", "sample"))
-    assert train.announce(Recipe.quick(seed=1)).startswith("a whole run of 2 epochs: about 60 s of training steps on ")
+    assert train.announce(Recipe.quick(seed=1)).startswith(
+        "a whole run of 2 epochs: about 60 s of training steps on "
+    )
     assert timed == [Recipe.quick(seed=1)]
 
 
 def test_a_batch_that_is_too_large_is_refused_before_anything_is_timed(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(train, "estimate", lambda *arguments: pytest.fail("it is timed"))
-    with pytest.raises(ValueError, match="^batch_size is 2001: choose 1 to 2000, the size of the data set$"):
+    with pytest.raises(
+        ValueError, match="^batch_size is 2001: choose 1 to 2000, the size of the data set$"
+    ):
         train.announce(replace(SHORT, teacher=None, batch_size=2001))
 
 
 # ---------------------------------------------------------------- the whole experiment
+
 
 def test_a_held_out_run_is_measured_on_the_validation_images_and_saved(tmp_path):
     recipe = replace(SHORT, epochs=2, validation_size=1700, teacher=None, folder=str(tmp_path))
@@ -96,8 +121,9 @@ def test_a_held_out_run_is_measured_on_the_validation_images_and_saved(tmp_path)
     assert [column for column in metrics["history"] if "test" in column] == []
     validation = make_loader(load_dataset("validation", "sample", 1700), 500)
     logits, labels = utils.predict(model, validation)
-    assert (metrics["validation_loss"], metrics["validation_accuracy"]) == \
-        pytest.approx(utils.test(model, validation), rel=1e-5)
+    assert (metrics["validation_loss"], metrics["validation_accuracy"]) == pytest.approx(
+        utils.test(model, validation), rel=1e-5
+    )
     assert metrics["temperature"] == pytest.approx(utils.fit_temperature(logits, labels), rel=1e-5)
     assert metrics["recipe"] == recipe.to_json() and "a sample of CIFAR-10" in metrics["data"]
     assert checkpoint.load_metrics("Tiny", tmp_path) == metrics
@@ -107,7 +133,10 @@ def test_a_held_out_run_is_measured_on_the_validation_images_and_saved(tmp_path)
 def test_a_finished_run_is_loaded_with_its_metrics(tmp_path, monkeypatch):
     recipe = Recipe.quick(data="sample", epochs=1, batch_size=200, num_workers=0, folder=tmp_path)
     model, metrics = train.run(recipe)
-    assert metrics["test_accuracy"] == metrics["history"]["test_accuracy"][-1] and "temperature" not in metrics
+    assert (
+        metrics["test_accuracy"] == metrics["history"]["test_accuracy"][-1]
+        and "temperature" not in metrics
+    )
     monkeypatch.setattr(utils, "train", lambda *arguments: pytest.fail("it trains again"))
     monkeypatch.setattr(utils, "hardware", lambda device: "another machine")
     again, same = train.run(recipe)
@@ -116,7 +145,10 @@ def test_a_finished_run_is_loaded_with_its_metrics(tmp_path, monkeypatch):
 
 def test_a_run_learns_from_the_teacher_in_the_folder_that_its_recipe_names(tmp_path, monkeypatch):
     recipe, given = replace(SHORT, teacher=str(tmp_path / "teacher"), folder=str(tmp_path)), []
-    with pytest.raises(FileNotFoundError, match="^teacher is .*teacher', which lacks NetDilated.pt or NetDilated.json"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="^teacher is .*teacher', which lacks NetDilated.pt or NetDilated.json",
+    ):
         train.run(recipe)
     teacher, history = NetDilated(), {"test_accuracy": [10.0], "seconds": [1.0]}
     checkpoint.save(teacher, utils.run_metrics(teacher, SHORT, history, "sample"), recipe.teacher)
@@ -127,13 +159,16 @@ def test_a_run_learns_from_the_teacher_in_the_folder_that_its_recipe_names(tmp_p
 
 # ---------------------------------------------------------------- the command line
 
+
 def test_the_help_names_every_setting_with_its_meaning_and_default(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "10000")
     assert exit_of("--help") == 0
     text = capsys.readouterr().out
     for each in fields(Recipe):
         option = each.name.replace("_", "-")
-        assert f"--{option} VALUE" in text and f"{each.metadata['meaning']} ({each.default})" in text
+        assert (
+            f"--{option} VALUE" in text and f"{each.metadata['meaning']} ({each.default})" in text
+        )
     assert "--quick" in text
 
 
@@ -145,27 +180,53 @@ def test_the_command_trains_the_recipe_that_its_arguments_name(tmp_path, capsys,
     result = f"a sample of CIFAR-10, 1,000 images: test accuracy {metrics['test_accuracy']:.2f} %\n"
     assert capsys.readouterr().out.endswith(result)
     ran = []
-    monkeypatch.setattr(train, "run", lambda recipe: ran.append(recipe) or (None, {
-        "data": "some images", "validation_accuracy": 12.5}))
+    monkeypatch.setattr(
+        train,
+        "run",
+        lambda recipe: (
+            ran.append(recipe) or (None, {"data": "some images", "validation_accuracy": 12.5})
+        ),
+    )
     train.main(["--validation-size", "10"])
     assert ran == [Recipe(validation_size=10)]
     assert capsys.readouterr().out == "a while\nsome images: validation accuracy 12.50 %\n"
 
 
-@pytest.mark.parametrize("text, value", [("3", 3), ("5e-4", 5e-4), ("None", None), ("True", True),
-                                         ("16,24,32", (16, 24, 32)), ("CIFAR-10", "CIFAR-10"), ("sample", "sample"),
-                                         ("weights/seed-1", "weights/seed-1"), ("", "")])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("3", 3),
+        ("5e-4", 5e-4),
+        ("None", None),
+        ("True", True),
+        ("16,24,32", (16, 24, 32)),
+        ("CIFAR-10", "CIFAR-10"),
+        ("sample", "sample"),
+        ("weights/seed-1", "weights/seed-1"),
+        ("", ""),
+    ],
+)
 def test_an_argument_is_a_number_none_a_list_or_the_text_itself(text, value):
     assert train.parse(text) == value and type(train.parse(text)) is type(value)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--epochs", "0"], "epochs is 0: choose a whole number, 1 to 100000"),
-    (["--network", "ResNet"], "network is 'ResNet': choose one of NetDilated"),
-    ([*TINY, "--batch-size", "9999"], "batch_size is 9999: choose 1 to 2000, the size of the data set"),
-    ([*TINY, "--teacher", "nowhere"], "teacher is 'nowhere', which lacks NetDilated.pt or NetDilated.json: choose"),
-    ([*TINY, "--max-lr", "1e30"], "epoch 1: the training loss is "),
-], ids=["setting", "text", "data", "file", "loss"])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--epochs", "0"], "epochs is 0: choose a whole number, 1 to 100000"),
+        (["--network", "ResNet"], "network is 'ResNet': choose one of NetDilated"),
+        (
+            [*TINY, "--batch-size", "9999"],
+            "batch_size is 9999: choose 1 to 2000, the size of the data set",
+        ),
+        (
+            [*TINY, "--teacher", "nowhere"],
+            "teacher is 'nowhere', which lacks NetDilated.pt or NetDilated.json: choose",
+        ),
+        ([*TINY, "--max-lr", "1e30"], "epoch 1: the training loss is "),
+    ],
+    ids=["setting", "text", "data", "file", "loss"],
+)
 def test_what_cannot_be_done_is_one_line(arguments, message, tmp_path):
     text = exit_of(*arguments, "--folder", str(tmp_path / "new"))
     assert text.startswith(f"train.py: {message}") and "\n" not in text

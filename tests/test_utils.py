@@ -1,4 +1,5 @@
 """Training and testing, metrics, and the plots."""
+
 import contextlib
 import copy
 import errno
@@ -29,9 +30,13 @@ from model import NetDilated
 from recipe import Recipe, make_optimizer, make_scheduler, seed_everything
 from tiny import SHORT, Run, Tiny, equal, state
 
-HISTORY = {"train_loss": [2.0, 1.0, 0.8, 0.7], "train_accuracy": [20.0, 60.0, 70.0, 75.0],
-           "test_loss": [2.1, 0.9, 0.7, 0.6], "test_accuracy": [21.0, 65.0, 75.0, 80.0],
-           "seconds": [3.0, 4.0, 5.0, 5.5]}
+HISTORY = {
+    "train_loss": [2.0, 1.0, 0.8, 0.7],
+    "train_accuracy": [20.0, 60.0, 70.0, 75.0],
+    "test_loss": [2.1, 0.9, 0.7, 0.6],
+    "test_accuracy": [21.0, 65.0, 75.0, 80.0],
+    "seconds": [3.0, 4.0, 5.0, 5.5],
+}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +45,12 @@ def learned(root, tmp_path_factory):
     run = Run(root, tmp_path_factory.mktemp("learned"), teacher=False, epochs=30)
     with contextlib.redirect_stdout(io.StringIO()) as output:
         history = run.fit()
-    return SimpleNamespace(model=run.model.eval(), history=history, test_loader=run.loaders[1],
-                           lines=output.getvalue().splitlines())
+    return SimpleNamespace(
+        model=run.model.eval(),
+        history=history,
+        test_loader=run.loaders[1],
+        lines=output.getvalue().splitlines(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,37 +66,65 @@ def batch(size):
 def take_step(model, images, labels, recipe=SHORT, epoch=0, lr=0.1, teacher=None):
     """Train on one batch by plain gradient descent, without corruption."""
     recipe = replace(recipe, corruption=0)
-    return utils.train(model, [(images, labels)], recipe, epoch, torch.optim.SGD(model.parameters(), lr),
-                       teacher=teacher)
+    return utils.train(
+        model,
+        [(images, labels)],
+        recipe,
+        epoch,
+        torch.optim.SGD(model.parameters(), lr),
+        teacher=teacher,
+    )
 
 
 # ---------------------------------------------------------------- training and testing
 
+
 def test_loss_and_accuracy_are_means_over_samples_not_over_batches():
     """Batches of 8, 8 and 1: a mean of batch means would weigh the last sample eight times."""
     images, labels = batch(17)
-    loader, model = DataLoader(TensorDataset(images, labels), 8), nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    loader, model = (
+        DataLoader(TensorDataset(images, labels), 8),
+        nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)),
+    )
     logits = model(normalise(images))
-    expected = F.cross_entropy(logits, labels).item(), 100 * (logits.argmax(1) == labels).double().mean().item()
+    expected = (
+        F.cross_entropy(logits, labels).item(),
+        100 * (logits.argmax(1) == labels).double().mean().item(),
+    )
     assert utils.test(model, loader) == pytest.approx(expected, rel=1e-5)
     still = torch.optim.SGD(model.parameters(), lr=0)
     trained = utils.train(model, loader, Recipe(sizes=(32,), corruption=0), 0, still)
-    assert trained == pytest.approx(expected, rel=0.005) and all(type(value) is float for value in trained)
+    assert trained == pytest.approx(expected, rel=0.005) and all(
+        type(value) is float for value in trained
+    )
 
 
 def test_a_test_does_not_change_the_model(learned):
     before = state(learned.model.train())
-    assert utils.test(learned.model, learned.test_loader) == utils.test(learned.model, learned.test_loader)
+    assert utils.test(learned.model, learned.test_loader) == utils.test(
+        learned.model, learned.test_loader
+    )
     assert equal(before, state(learned.model))
 
 
 def test_training_learns_the_classes_and_returns_the_history(learned):
     history = learned.history
-    assert list(history) == ["train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds"]
-    assert all(len(column) == 30 and all(type(value) is float for value in column) for column in history.values())
+    assert list(history) == [
+        "train_loss",
+        "train_accuracy",
+        "test_loss",
+        "test_accuracy",
+        "seconds",
+    ]
+    assert all(
+        len(column) == 30 and all(type(value) is float for value in column)
+        for column in history.values()
+    )
     assert history["test_accuracy"][-1] > 20  # ten classes: chance is 10
     tested = utils.test(learned.model, learned.test_loader)
-    assert tested == pytest.approx((history["test_loss"][-1], history["test_accuracy"][-1]), rel=1e-5)
+    assert tested == pytest.approx(
+        (history["test_loss"][-1], history["test_accuracy"][-1]), rel=1e-5
+    )
     assert "a sample of CIFAR-10" in learned.lines[0] and len(learned.lines) == 32
     assert len({len(row) for row in learned.lines[1:]}) == 1  # the table is straight
 
@@ -103,7 +140,9 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_others(root, tmp_p
 
 def test_training_images_have_the_size_of_the_epoch_and_test_images_their_own(root, tmp_path):
     run, seen = Run(root, tmp_path, teacher=False, batch_size=300, epochs=3, sizes=(8, 16, 24)), []
-    run.model.register_forward_pre_hook(lambda model, inputs: seen.append((model.training, *inputs[0].shape[2:])))
+    run.model.register_forward_pre_hook(
+        lambda model, inputs: seen.append((model.training, *inputs[0].shape[2:]))
+    )
     run.fit()
     assert seen == [each for size in (8, 16, 24) for each in ((True, size, size), (False, 32, 32))]
 
@@ -115,28 +154,41 @@ def test_a_share_of_the_images_is_corrupted_and_the_others_stay_as_they_are():
     corrupted = utils.corrupt(images, 0.3)
     changed = (corrupted != images).flatten(1).any(1)
     assert changed.float().mean().item() == pytest.approx(0.3, abs=0.03)
-    assert utils.corrupt(images, 0) is images and (utils.corrupt(images, 1) != images).flatten(1).any(1).all()
+    assert (
+        utils.corrupt(images, 0) is images
+        and (utils.corrupt(images, 1) != images).flatten(1).any(1).all()
+    )
     contrast = (corrupted.std((1, 2, 3)) / images.std((1, 2, 3)))[changed]
-    assert contrast.max() < 1.15 and (contrast > 0.999).float().mean().item() == pytest.approx(1 / 3, abs=0.1)
+    assert contrast.max() < 1.15 and (contrast > 0.999).float().mean().item() == pytest.approx(
+        1 / 3, abs=0.1
+    )
 
 
 def test_the_strengths_of_the_corruptions_are_those_of_the_docstring():
-    """On edges from black to white. Noise differs within a side, low contrast lifts a side, blur only the edge."""
+    """On edges from black to white. Noise differs within a side, low contrast lifts a side, blur
+    only the edge.
+    """
     torch.manual_seed(0)
     mean, std = (each.view(3, 1, 1) for each in mean_and_std(torch.device("cpu")))
     edges = (torch.arange(16) > 7).float().expand(3000, 3, 8, 16)
     seen = utils.corrupt((edges - mean) / std, 1) * std + mean
-    left, right = (side.flatten(1) for side in (seen[..., :4], seen[..., -4:]))  # the blur reaches four pixels
+    left, right = (
+        side.flatten(1) for side in (seen[..., :4], seen[..., -4:])
+    )  # the blur reaches four pixels
     deviation, contrast = left.std(1), right.mean(1) - left.mean(1)
     noise = deviation > 1e-5
     low_contrast = ~noise & (contrast < 0.9999)
     blur = ~noise & ~low_contrast
-    assert 0.09 < deviation[noise].max() < 0.125 and deviation[noise].mean().item() == pytest.approx(0.1 / 3, abs=3e-3)
+    assert 0.09 < deviation[noise].max() < 0.125 and deviation[
+        noise
+    ].mean().item() == pytest.approx(0.1 / 3, abs=3e-3)
     contrast, grey = contrast[low_contrast], left.mean(1)[low_contrast]
     assert 0.19 < contrast.min() < 0.22 and contrast.mean().item() == pytest.approx(0.6, abs=0.03)
     assert (grey / (1 - contrast)).mean().item() == pytest.approx(0.5, abs=0.05)
-    kernel = torch.exp(-torch.arange(-4, 5)**2 / (2 * 1.2**2))
-    beyond = (kernel[5:].sum() / kernel.sum()).item()  # how much of the white side the last black pixel gets
+    kernel = torch.exp(-(torch.arange(-4, 5) ** 2) / (2 * 1.2**2))
+    beyond = (
+        kernel[5:].sum() / kernel.sum()
+    ).item()  # how much of the white side the last black pixel gets
     darkest = seen[blur][..., 7].mean((1, 2))
     assert darkest.max().item() == pytest.approx(beyond, abs=0.005)
     assert darkest.mean().item() == pytest.approx(beyond / 2, abs=0.01)
@@ -148,12 +200,23 @@ def test_the_network_learns_from_corrupted_images_and_the_teacher_sees_them_clea
     for network in (model, teacher):
         network.register_forward_pre_hook(lambda network, inputs: seen.append(inputs[0]))
     recipe = Recipe(sizes=(32,), corruption=1)
-    utils.train(model, [(images, labels)], recipe, 0, torch.optim.SGD(model.parameters(), 0.1), teacher=teacher)
-    assert (seen[0] != normalise(images)).flatten(1).any(1).all() and seen[1].equal(normalise(images))
+    utils.train(
+        model,
+        [(images, labels)],
+        recipe,
+        0,
+        torch.optim.SGD(model.parameters(), 0.1),
+        teacher=teacher,
+    )
+    assert (seen[0] != normalise(images)).flatten(1).any(1).all() and seen[1].equal(
+        normalise(images)
+    )
 
 
 def test_the_distillation_loss_is_the_divergence_of_softened_probabilities():
-    """Against the definition: the divergence at temperature 4, times 16. What is added to all logits does not count."""
+    """Against the definition: the divergence at temperature 4, times 16. What is added to all
+    logits does not count.
+    """
     torch.manual_seed(0)
     logits, teacher_logits = torch.randn(2, 6, 10, dtype=torch.float64) * 3
     logits.requires_grad_()
@@ -181,10 +244,15 @@ def test_nine_tenths_of_a_distilled_step_are_the_teachers():
     (0.1 * entropy + 0.9 * utils.distillation_loss(logits, teacher_logits, 4)).backward()
     torch.optim.SGD(other.parameters(), 0.1).step()
     assert loss == pytest.approx(entropy.item(), rel=1e-3) and seen[0] == (20, 3, 32, 32)
-    assert all(torch.allclose(one.state_dict()[key], value, atol=1e-4) for key, value in other.state_dict().items())
+    assert all(
+        torch.allclose(one.state_dict()[key], value, atol=1e-4)
+        for key, value in other.state_dict().items()
+    )
 
 
-def test_a_distilled_network_comes_nearer_to_its_teacher_which_stays_as_it_is(root, tmp_path, learned):
+def test_a_distilled_network_comes_nearer_to_its_teacher_which_stays_as_it_is(
+    root, tmp_path, learned
+):
     before = state(learned.model.eval())
     teacher_logits = utils.predict(learned.model, learned.test_loader)[0]
 
@@ -192,7 +260,9 @@ def test_a_distilled_network_comes_nearer_to_its_teacher_which_stays_as_it_is(ro
         run = Run(root, tmp_path / name, teacher=False, epochs=10, seed=1)
         run.teacher = teacher
         run.fit()
-        return utils.distillation_loss(utils.predict(run.model, learned.test_loader)[0], teacher_logits, 4).item()
+        return utils.distillation_loss(
+            utils.predict(run.model, learned.test_loader)[0], teacher_logits, 4
+        ).item()
 
     assert distance(learned.model, "distilled") < 0.7 * distance(None, "alone")
     assert equal(before, state(learned.model)) and not learned.model.training
@@ -200,11 +270,14 @@ def test_a_distilled_network_comes_nearer_to_its_teacher_which_stays_as_it_is(ro
 
 def test_too_little_gpu_memory_names_the_batch_size_and_a_smaller_one():
     """There is no small GPU to fill here, so the network itself raises what PyTorch would."""
+
     class Huge(Tiny):
         def forward(self, x):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(RuntimeError, match="^the memory of .* is too small for batch_size 100: try 50$"):
+    with pytest.raises(
+        RuntimeError, match="^the memory of .* is too small for batch_size 100: try 50$"
+    ):
         take_step(Huge(), *batch(100))
 
 
@@ -213,11 +286,14 @@ def test_a_gpu_without_room_for_the_momentum_suggests_half_the_batch_size(monkey
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
-    with pytest.raises(RuntimeError, match="^the memory of .* is too small for batch_size 100: try 50$"):
+    with pytest.raises(
+        RuntimeError, match="^the memory of .* is too small for batch_size 100: try 50$"
+    ):
         take_step(Tiny(), *batch(100))
 
 
 # ---------------------------------------------------------------- the path of a GPU, as far as a CPU can walk it
+
 
 @pytest.fixture
 def fp16(monkeypatch):
@@ -226,11 +302,15 @@ def fp16(monkeypatch):
 
 
 def fp16_run(recipe, batches):
-    """Return a run's network, optimizer, schedule and scaler, and its batches of one image of each class."""
+    """Return a run's network, optimizer, schedule and scaler, and its batches of one image of each
+    class.
+    """
     seed_everything(0)
     model = Tiny()
     optimizer, scaler = make_optimizer(model, recipe), make_scaler(torch.device("cpu"))
-    parts = SimpleNamespace(optimizer=optimizer, scheduler=make_scheduler(optimizer, recipe, batches), scaler=scaler)
+    parts = SimpleNamespace(
+        optimizer=optimizer, scheduler=make_scheduler(optimizer, recipe, batches), scaler=scaler
+    )
     return model, parts, [batch(20) for _ in range(batches)]
 
 
@@ -245,11 +325,15 @@ def test_a_step_whose_gradients_overflow_is_skipped_with_all_that_follows_it(opt
     weights = {name for name, _ in model.named_parameters()}
     assert all(before[name].equal(value) for name, value in state(model).items() if name in weights)
     for name, value in momentum["state"].items():
-        assert value["momentum_buffer"].equal(parts.optimizer.state_dict()["state"][name]["momentum_buffer"])
+        assert value["momentum_buffer"].equal(
+            parts.optimizer.state_dict()["state"][name]["momentum_buffer"]
+        )
     assert parts.scheduler.last_epoch == 2 and parts.scaler.get_scale() == 2.0**59
     parts.scaler.load_state_dict({**parts.scaler.state_dict(), "scale": 1024.0})
     utils.train(model, batches[3:], recipe, 0, *vars(parts).values())
-    assert parts.scheduler.last_epoch == 3 and not before["layers.0.weight"].equal(model.layers[0].weight)
+    assert parts.scheduler.last_epoch == 3 and not before["layers.0.weight"].equal(
+        model.layers[0].weight
+    )
 
 
 def test_an_fp16_run_goes_on_with_its_scale(root, tmp_path, fp16, monkeypatch):
@@ -262,7 +346,9 @@ def test_an_fp16_run_goes_on_with_its_scale(root, tmp_path, fp16, monkeypatch):
     monkeypatch.setattr(train, "make_scaler", make_fast_scaler)
     whole.fit()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Checkpoint, "save", lambda run, save=Checkpoint.save: interrupt_after(run, save))
+        patch.setattr(
+            Checkpoint, "save", lambda run, save=Checkpoint.save: interrupt_after(run, save)
+        )
         Run(root, tmp_path / "parted").fit()
     again = Run(root, tmp_path / "parted")
     again.fit()
@@ -272,7 +358,9 @@ def test_an_fp16_run_goes_on_with_its_scale(root, tmp_path, fp16, monkeypatch):
 
 def test_a_run_without_scaled_gradients_goes_on_with_them_as_on_a_gpu(root, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Checkpoint, "save", lambda run, save=Checkpoint.save: interrupt_after(run, save))
+        patch.setattr(
+            Checkpoint, "save", lambda run, save=Checkpoint.save: interrupt_after(run, save)
+        )
         Run(root, tmp_path).fit()
     monkeypatch.setattr(train, "make_scaler", lambda device: torch.amp.GradScaler("cpu", 1024))
     assert len(Run(root, tmp_path).fit()["seconds"]) == SHORT.epochs
@@ -286,7 +374,8 @@ def interrupt_after(run, save):
 
 
 def test_a_training_step_asks_the_device_for_no_number(monkeypatch):
-    """On a GPU each of these calls would wait for it. They may happen once, at the end of the epoch.
+    """On a GPU each of these calls would wait for it. They may happen once, at the end of the
+    epoch.
 
     (In fp16, PyTorch's scaler of the gradients asks for some.)
     """
@@ -294,22 +383,29 @@ def test_a_training_step_asks_the_device_for_no_number(monkeypatch):
     optimizer = make_optimizer(model, recipe)
 
     def watch(name, call):
-        monkeypatch.setattr(torch.Tensor, name, lambda tensor, *rest: asked.append(name) or call(tensor, *rest))
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda tensor, *rest: asked.append(name) or call(tensor, *rest)
+        )
 
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "nonzero"):
         watch(name, getattr(torch.Tensor, name))
     counts = []
     for steps in (1, 4):
         asked.clear()
-        utils.train(model, [batch(20)] * steps, recipe, 0, optimizer, teacher=copy.deepcopy(model).eval())
+        utils.train(
+            model, [batch(20)] * steps, recipe, 0, optimizer, teacher=copy.deepcopy(model).eval()
+        )
         counts.append(sorted(asked))
     assert counts[0] == counts[1] != []
 
 
 # ---------------------------------------------------------------- metrics
 
+
 def confident(dataset, confidence, right):
-    """Logits whose likeliest class has that probability, and is the true one for the first `right` of the images."""
+    """Logits whose likeliest class has that probability, and is the true one for the first `right`
+    of the images.
+    """
     labels = torch.tensor(dataset.targets)
     labels[right:] = (labels[right:] + 1) % 10
     return torch.where(F.one_hot(labels, 10).bool(), confidence, (1 - confidence) / 9).log()
@@ -318,23 +414,39 @@ def confident(dataset, confidence, right):
 def test_the_metrics_of_a_run_are_those_of_its_last_epoch_and_of_its_network():
     recipe, model = Recipe(seed=3), NetDilated()
     metrics = utils.run_metrics(model, recipe, HISTORY, "CIFAR-10")
-    assert (metrics["test_accuracy"], metrics["train_loss"], metrics["seconds"]) == (80.0, 0.7, 17.5)
+    assert (metrics["test_accuracy"], metrics["train_loss"], metrics["seconds"]) == (
+        80.0,
+        0.7,
+        17.5,
+    )
     assert (metrics["network"], metrics["parameters"]) == ("NetDilated", count_parameters(model))
-    assert (metrics["receptive_field"], metrics["data"]) == (58, "CIFAR-10") and metrics["macs"] > 1e6
+    assert (metrics["receptive_field"], metrics["data"]) == (58, "CIFAR-10") and metrics[
+        "macs"
+    ] > 1e6
     assert metrics["recipe"] == recipe.to_json() and metrics["history"] == HISTORY
-    assert metrics["hardware"] and metrics["date"] and metrics["versions"]["torch"] == torch.__version__
+    assert (
+        metrics["hardware"]
+        and metrics["date"]
+        and metrics["versions"]["torch"] == torch.__version__
+    )
 
 
 def test_accuracy_by_class(test_set):
     labels = torch.tensor(test_set.targets)
     logits = F.one_hot(torch.where(labels == 4, 5, labels), 10).float()
     accuracies = utils.accuracy_by_class(test_set, logits)
-    assert accuracies == {name: 0.0 if name == test_set.classes[4] else 100.0 for name in test_set.classes}
+    assert accuracies == {
+        name: 0.0 if name == test_set.classes[4] else 100.0 for name in test_set.classes
+    }
 
 
 def test_calibration_error_is_the_distance_of_confidence_and_accuracy(test_set):
-    assert utils.calibration_error(test_set, confident(test_set, 0.9, 900)) == pytest.approx(0, abs=1e-3)
-    assert utils.calibration_error(test_set, confident(test_set, 0.9, 600)) == pytest.approx(30, abs=1e-3)
+    assert utils.calibration_error(test_set, confident(test_set, 0.9, 900)) == pytest.approx(
+        0, abs=1e-3
+    )
+    assert utils.calibration_error(test_set, confident(test_set, 0.9, 600)) == pytest.approx(
+        30, abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 3.0])
@@ -343,25 +455,33 @@ def test_the_temperature_is_found_by_which_the_logits_were_multiplied(temperatur
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(50_000, 10, generator=generator)
     labels = logits.softmax(1).multinomial(1, generator=generator)[:, 0]
-    assert utils.fit_temperature(temperature * logits, labels) == pytest.approx(temperature, rel=0.03)
+    assert utils.fit_temperature(temperature * logits, labels) == pytest.approx(
+        temperature, rel=0.03
+    )
 
 
 def test_corruptions_harm_more_with_their_severity(test_set):
     image = test_set.data[0]
     for name, transforms in utils.CORRUPTIONS.items():
-        harm = [np.abs(A.Compose([each], seed=0)(image=image)["image"].astype(float) - image).mean()
-                for each in transforms]
+        harm = [
+            np.abs(A.Compose([each], seed=0)(image=image)["image"].astype(float) - image).mean()
+            for each in transforms
+        ]
         assert len(harm) == 5 and 0 < harm[0] and (np.diff(harm) > 0).all(), name
 
 
 def test_each_corruption_does_what_its_name_says(test_set):
     """The images are rounded to whole values, and JPEG and blur keep the mean."""
     image = test_set.data[0].astype(float)
-    noise, blur, jpeg, brighter, darker = (A.Compose([transforms[4]], seed=0)(image=test_set.data[0])["image"] - image
-                                           for transforms in utils.CORRUPTIONS.values())
+    noise, blur, jpeg, brighter, darker = (
+        A.Compose([transforms[4]], seed=0)(image=test_set.data[0])["image"] - image
+        for transforms in utils.CORRUPTIONS.values()
+    )
     inside = (image > 80) & (image < 175)  # values that strong noise rarely takes out of the range
     assert noise[inside].std() == pytest.approx(25.5, rel=0.05) and abs(noise[inside].mean()) < 2
-    assert np.abs(np.diff(image + blur, axis=1)).mean() < 0.7 * np.abs(np.diff(image, axis=1)).mean()
+    assert (
+        np.abs(np.diff(image + blur, axis=1)).mean() < 0.7 * np.abs(np.diff(image, axis=1)).mean()
+    )
     assert abs(blur.mean()) < 1 and abs(jpeg.mean()) < 2 and jpeg.std() > 3
     assert brighter == pytest.approx(np.minimum(image + 127.5, 255) - image, abs=1)
     assert darker == pytest.approx(0.2 * image - image, abs=1)
@@ -372,7 +492,9 @@ def test_accuracy_under_corruptions_is_of_corrupted_images(split, test_set, root
     dataset = load_dataset("validation", "sample", 400, root=root) if split else test_set
 
     class Brightness(nn.Module):
-        """Says class 1 of every image that is clearly brighter than the clean ones are on average, else class 0."""
+        """Says class 1 of every image that is clearly brighter than the clean ones are on average,
+        else class 0.
+        """
 
         def __init__(self):
             super().__init__()
@@ -384,38 +506,64 @@ def test_accuracy_under_corruptions_is_of_corrupted_images(split, test_set, root
 
     clean = dataset.transform
     accuracies = utils.accuracy_under_corruptions(Brightness(), dataset, 100)
-    assert list(accuracies) == list(utils.CORRUPTIONS) and dataset.transform is clean and len(dataset) > 100
+    assert (
+        list(accuracies) == list(utils.CORRUPTIONS)
+        and dataset.transform is clean
+        and len(dataset) > 100
+    )
     assert {len(values) for values in accuracies.values()} == {6}
-    assert {values[0] for values in accuracies.values()} == {accuracies["blur"][1]}  # blur leaves the brightness
+    assert {values[0] for values in accuracies.values()} == {
+        accuracies["blur"][1]
+    }  # blur leaves the brightness
     assert accuracies["brightness"][5] != accuracies["brightness"][0]
 
 
 def test_the_comparison_has_the_published_accuracies_beside_ours():
-    metrics = {"parameters": 195508, "receptive_field": 69, "recipe": {"epochs": 24}, "test_accuracy": 90.123}
+    metrics = {
+        "parameters": 195508,
+        "receptive_field": 69,
+        "recipe": {"epochs": 24},
+        "test_accuracy": 90.123,
+    }
     *_, published, ours = utils.comparison_table(
-        [{**metrics, "network": "PublishedDilated"}, {**metrics, "network": "NetDilated"}]).splitlines()
+        [{**metrics, "network": "PublishedDilated"}, {**metrics, "network": "NetDilated"}]
+    ).splitlines()
     assert published == "| PublishedDilated | 195,508 | 69 | 24 | 90.12 | more than 85 |"
     assert ours == "| NetDilated | 195,508 | 69 | 24 | 90.12 |  |"
 
 
 # ---------------------------------------------------------------- plots
 
-ACCURACIES = {name: [90.0, 88.0, 80.0, 70.0, 60.0, 50.0 - number] for number, name in enumerate(utils.CORRUPTIONS)}
+ACCURACIES = {
+    name: [90.0, 88.0, 80.0, 70.0, 60.0, 50.0 - number]
+    for number, name in enumerate(utils.CORRUPTIONS)
+}
 CURVES = Recipe(epochs=4, sizes=(16, 32))
 PLOTS = {  # of the training set, the test set and the path
     "augmentations": lambda train, test, path: utils.plot_augmentations(train, path),
     "loss": lambda train, test, path: utils.plot_loss(HISTORY, path, CURVES, test.title),
     "accuracy": lambda train, test, path: utils.plot_accuracy(HISTORY, path, CURVES, test.title),
-    "misclassified": lambda train, test, path: utils.plot_misclassified(test, confident(test, 0.9, 600), path),
-    "confusion": lambda train, test, path: utils.plot_confusion(test, confident(test, 0.9, 600), path),
-    "reliability": lambda train, test, path: utils.plot_reliability(test, confident(test, 0.9, 600), path),
+    "misclassified": lambda train, test, path: utils.plot_misclassified(
+        test, confident(test, 0.9, 600), path
+    ),
+    "confusion": lambda train, test, path: utils.plot_confusion(
+        test, confident(test, 0.9, 600), path
+    ),
+    "reliability": lambda train, test, path: utils.plot_reliability(
+        test, confident(test, 0.9, 600), path
+    ),
     "corruptions": lambda train, test, path: utils.plot_corruptions(ACCURACIES, path, test.title),
     "corrupted images": lambda train, test, path: utils.plot_corrupted_images(test, path),
     "schedule": lambda train, test, path: utils.plot_schedule(CURVES, path),
-    "receptive field": lambda train, test, path: utils.plot_receptive_field(NetDilated(), test, path, 1),
+    "receptive field": lambda train, test, path: utils.plot_receptive_field(
+        NetDilated(), test, path, 1
+    ),
     "kernels": lambda train, test, path: utils.plot_kernels(
-        {"plain": NetDilated().C3[0][0][1], "dilated": NetDilated().C3[1][0][1]}, path),
-    "mirror": lambda train, test, path: utils.plot_mirror(NetDilated(), torch.randn(3, 3), test, path),
+        {"plain": NetDilated().C3[0][0][1], "dilated": NetDilated().C3[1][0][1]}, path
+    ),
+    "mirror": lambda train, test, path: utils.plot_mirror(
+        NetDilated(), torch.randn(3, 3), test, path
+    ),
 }
 
 
@@ -423,16 +571,23 @@ PLOTS = {  # of the training set, the test set and the path
 def figures(root, test_set, tmp_path_factory):
     """Every plot, drawn once: its figure and its path."""
     torch.manual_seed(0)
-    folder, train_set = tmp_path_factory.mktemp("figures"), load_dataset("train", "sample", root=root)
+    folder, train_set = (
+        tmp_path_factory.mktemp("figures"),
+        load_dataset("train", "sample", root=root),
+    )
     paths = {name: folder / "img" / f"{name}.png" for name in PLOTS}
-    return {name: (plot(train_set, test_set, paths[name]), paths[name]) for name, plot in PLOTS.items()}
+    return {
+        name: (plot(train_set, test_set, paths[name]), paths[name]) for name, plot in PLOTS.items()
+    }
 
 
 def test_a_plot_may_have_one_image_only(root, test_set, tmp_path):
     layer, train_set = NetDilated().C3[0][0][1], load_dataset("train", "sample", root=root)
-    for figure in (utils.plot_augmentations(train_set, tmp_path / "1.png", columns=1),
-                   utils.plot_misclassified(test_set, confident(test_set, 0.9, 600), tmp_path / "2.png", 1, 1),
-                   utils.plot_kernels({"plain": layer}, tmp_path / "3.png")):
+    for figure in (
+        utils.plot_augmentations(train_set, tmp_path / "1.png", columns=1),
+        utils.plot_misclassified(test_set, confident(test_set, 0.9, 600), tmp_path / "2.png", 1, 1),
+        utils.plot_kernels({"plain": layer}, tmp_path / "3.png"),
+    ):
         assert figure.axes[0].images
 
 
@@ -442,8 +597,14 @@ def test_a_plot_is_written_and_is_its_figure_and_says_whose_data_it_shows(name, 
     image = Image.open(path)
     assert np.asarray(image.convert("L")).std() > 5 and image.width >= 600  # not blank
     shown, about = figure._repr_mimebundle_()
-    assert shown == {"image/png": path.read_bytes()} and not plt.fignum_exists(figure.number)  # it is shown only once
-    titles = [title for title in (figure.get_suptitle(), *(axis.get_title() for axis in figure.axes)) if title]
+    assert shown == {"image/png": path.read_bytes()} and not plt.fignum_exists(
+        figure.number
+    )  # it is shown only once
+    titles = [
+        title
+        for title in (figure.get_suptitle(), *(axis.get_title() for axis in figure.axes))
+        if title
+    ]
     assert titles and all(title in about["image/png"]["alt"] for title in titles[:10])
     if name not in ("schedule", "receptive field", "kernels"):  # which are not of data
         assert any("a sample of CIFAR-10" in title for title in titles)
@@ -458,18 +619,34 @@ def test_a_full_disk_loses_only_the_file_of_a_figure(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(os, "fsync", fail)
     figure = utils.plot_loss(HISTORY, tmp_path / "loss.png", CURVES, "other data")
-    assert f"{tmp_path / 'loss.png'} could not be written (No space left on device)" in capsys.readouterr().out
-    assert (tmp_path / "loss.png").read_bytes() == before != figure._repr_mimebundle_()[0]["image/png"]
+    assert (
+        f"{tmp_path / 'loss.png'} could not be written (No space left on device)"
+        in capsys.readouterr().out
+    )
+    assert (
+        (tmp_path / "loss.png").read_bytes() == before != figure._repr_mimebundle_()[0]["image/png"]
+    )
 
 
-def test_the_curves_are_those_of_the_history_with_marks_where_the_training_changes(figures, tmp_path):
+def test_the_curves_are_those_of_the_history_with_marks_where_the_training_changes(
+    figures, tmp_path
+):
     axis = figures["loss"][0].axes[0]
     train, test, start, resize = axis.lines
-    assert [list(line.get_ydata()) for line in (train, test)] == [HISTORY["train_loss"], HISTORY["test_loss"]]
-    assert [list(line.get_xdata()) for line in (train, start, resize)] == [[1, 2, 3, 4], [0.5, 0.5], [2.5, 2.5]]
+    assert [list(line.get_ydata()) for line in (train, test)] == [
+        HISTORY["train_loss"],
+        HISTORY["test_loss"],
+    ]
+    assert [list(line.get_xdata()) for line in (train, start, resize)] == [
+        [1, 2, 3, 4],
+        [0.5, 0.5],
+        [2.5, 2.5],
+    ]
     assert [text.get_text() for text in axis.texts] == ["16 pixels", "32 pixels"]
-    assert [train.get_label(), test.get_label()] == ["train (augmented, some corrupted): 0.7000 at the end",
-                                                     "test: 0.6000 at the end"]
+    assert [train.get_label(), test.get_label()] == [
+        "train (augmented, some corrupted): 0.7000 at the end",
+        "test: 0.6000 at the end",
+    ]
     plain = Recipe(epochs=4, sizes=(32,), corruption=0)
     held_out = {column.replace("test", "validation"): values for column, values in HISTORY.items()}
     axis = utils.plot_accuracy(held_out, tmp_path / "accuracy.png", plain).axes[0]
@@ -479,7 +656,9 @@ def test_the_curves_are_those_of_the_history_with_marks_where_the_training_chang
 
 def test_an_image_and_its_mirror_image_have_bars_of_one_height_and_another_image_has_not(figures):
     kernel, mirrored, *_, bars = figures["mirror"][0].axes
-    image, mirror_image, another = torch.tensor([bar.get_height() for bar in bars.patches]).view(3, 10)
+    image, mirror_image, another = torch.tensor([bar.get_height() for bar in bars.patches]).view(
+        3, 10
+    )
     torch.testing.assert_close(image, mirror_image, rtol=1e-3, atol=1e-4)
     assert (image - another).abs().max() > 0.02
     assert (kernel.images[0].get_array() == mirrored.images[0].get_array()[:, ::-1]).all()
@@ -488,18 +667,26 @@ def test_an_image_and_its_mirror_image_have_bars_of_one_height_and_another_image
 def test_the_schedule_rises_to_max_lr_in_the_warmup_and_the_images_grow(figures):
     upper, lower = figures["schedule"][0].axes
     epochs, rates = upper.lines[0].get_data()
-    assert rates.max() == pytest.approx(CURVES.max_lr, rel=1e-3) and rates[-1] < 1e-3 * CURVES.max_lr
-    assert len(rates) == 400 and epochs[rates.argmax()] == pytest.approx(CURVES.warmup * CURVES.epochs, abs=0.02)
+    assert (
+        rates.max() == pytest.approx(CURVES.max_lr, rel=1e-3) and rates[-1] < 1e-3 * CURVES.max_lr
+    )
+    assert len(rates) == 400 and epochs[rates.argmax()] == pytest.approx(
+        CURVES.warmup * CURVES.epochs, abs=0.02
+    )
     assert list(lower.lines[0].get_ydata()) == [16, 16, 32, 32, 32]
 
 
-def test_misclassified_shows_prediction_confidence_and_truth_the_most_confident_first_if_asked(test_set, tmp_path):
+def test_misclassified_shows_prediction_confidence_and_truth_the_most_confident_first_if_asked(
+    test_set, tmp_path
+):
     labels = torch.tensor(test_set.targets)
     logits = 9.0 * F.one_hot(labels, 10)
     for index, height in ((7, 2), (8, 5), (9, 3)):
         logits[index] = torch.eye(10)[(labels[index] + 1) % 10] * height
     for most_confident, order in ((False, (7, 8, 9)), (True, (8, 9, 7))):
-        figure = utils.plot_misclassified(test_set, logits, tmp_path / "wrong.png", 1, 4, most_confident)
+        figure = utils.plot_misclassified(
+            test_set, logits, tmp_path / "wrong.png", 1, 4, most_confident
+        )
         for axis, index in zip(figure.axes, order, strict=False):
             predicted = test_set.classes[(labels[index] + 1) % 10]
             assert (axis.images[0].get_array() == test_set.data[index]).all()
@@ -511,15 +698,26 @@ def test_misclassified_shows_prediction_confidence_and_truth_the_most_confident_
 def test_the_confusion_matrix_has_a_row_for_each_true_class(figures, test_set):
     """The last 400 of 1,000 images, 40 of each class, are taken for the next class."""
     texts = [float(text.get_text()) for text in figures["confusion"][0].axes[0].texts]
-    np.testing.assert_array_equal(np.reshape(texts, (10, 10)), 60 * np.eye(10) + 40 * np.roll(np.eye(10), 1, 1))
+    np.testing.assert_array_equal(
+        np.reshape(texts, (10, 10)), 60 * np.eye(10) + 40 * np.roll(np.eye(10), 1, 1)
+    )
 
 
-def test_the_reliability_diagram_shows_the_logits_as_they_are_and_at_a_temperature(figures, test_set, tmp_path):
-    temperature = np.log(9 * 90 / 10) / np.log(9 * 62 / 38)  # nine other classes share what is left of 90 and of 62 %
-    figure = utils.plot_reliability(test_set, confident(test_set, 0.9, 620), tmp_path / "both.png", temperature)
+def test_the_reliability_diagram_shows_the_logits_as_they_are_and_at_a_temperature(
+    figures, test_set, tmp_path
+):
+    temperature = np.log(9 * 90 / 10) / np.log(
+        9 * 62 / 38
+    )  # nine other classes share what is left of 90 and of 62 %
+    figure = utils.plot_reliability(
+        test_set, confident(test_set, 0.9, 620), tmp_path / "both.png", temperature
+    )
     _, *curves = figure.axes[0].lines
     assert [list(curve.get_ydata()) for curve in curves] == [pytest.approx([62])] * 2
-    assert [list(curve.get_xdata()) for curve in curves] == [pytest.approx([90]), pytest.approx([62])]
+    assert [list(curve.get_xdata()) for curve in curves] == [
+        pytest.approx([90]),
+        pytest.approx([62]),
+    ]
     assert "ECE 28.0 %" in curves[0].get_label() and "ECE 0.0 %" in curves[1].get_label()
     assert len(figures["reliability"][0].axes[0].lines) == 2  # with the diagonal
     with pytest.raises(ValueError, match="^temperature is 0: choose a number above 0$"):
@@ -527,12 +725,18 @@ def test_the_reliability_diagram_shows_the_logits_as_they_are_and_at_a_temperatu
 
 
 def test_the_mean_accuracy_under_corruptions_leaves_out_the_clean_images():
-    assert utils.mean_accuracy_under_corruptions(ACCURACIES) == pytest.approx((88 + 80 + 70 + 60 + 48) / 5)
-    assert utils.mean_accuracy_under_corruptions(ACCURACIES, ["noise"]) == pytest.approx((88 + 80 + 70 + 60 + 50) / 5)
+    assert utils.mean_accuracy_under_corruptions(ACCURACIES) == pytest.approx(
+        (88 + 80 + 70 + 60 + 48) / 5
+    )
+    assert utils.mean_accuracy_under_corruptions(ACCURACIES, ["noise"]) == pytest.approx(
+        (88 + 80 + 70 + 60 + 50) / 5
+    )
 
 
 def test_the_corruptions_are_drawn_by_name(figures):
-    drawn = {line.get_label(): list(line.get_ydata()) for line in figures["corruptions"][0].axes[0].lines}
+    drawn = {
+        line.get_label(): list(line.get_ydata()) for line in figures["corruptions"][0].axes[0].lines
+    }
     assert drawn == ACCURACIES
 
 
@@ -548,4 +752,6 @@ def test_the_figure_of_the_receptive_field_outlines_what_the_gradients_reach(fig
 
 def test_the_figure_of_the_kernels_shows_their_taps(figures):
     taps = [np.argwhere(axis.images[0].get_array()).tolist() for axis in figures["kernels"][0].axes]
-    assert taps == [[[row, column] for row in places for column in places] for places in ((3, 4, 5), (2, 4, 6))]
+    assert taps == [
+        [[row, column] for row in places for column in places] for places in ((3, 4, 5), (2, 4, 6))
+    ]

@@ -1,4 +1,7 @@
-"""What several test files share: a small network, short runs of it on the sample, an object that runs code."""
+"""What several test files share: a small network, short runs of it on the sample, an object that
+runs code.
+"""
+
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,23 +22,44 @@ class Tiny(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(conv(3, 16, stride=2), nn.BatchNorm2d(16), nn.SiLU(), nn.Dropout(0.1),
-                                    conv(16, 32, stride=2), nn.BatchNorm2d(32), nn.SiLU(),
-                                    nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+        self.layers = nn.Sequential(
+            conv(3, 16, stride=2),
+            nn.BatchNorm2d(16),
+            nn.SiLU(),
+            nn.Dropout(0.1),
+            conv(16, 32, stride=2),
+            nn.BatchNorm2d(32),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(32, 10),
+        )
 
     def forward(self, x):
         return self.layers(x)
 
 
 class Run:
-    """A short run on 300 images, on one thread, with a teacher: everything that has a state is in it."""
+    """A short run on 300 images, on one thread, with a teacher: everything that has a state is in
+    it.
+    """
 
-    def __init__(self, root: Path, folder: Path, workers: int = 0, teacher: bool = True, transform=None, **changes):
+    def __init__(
+        self,
+        root: Path,
+        folder: Path,
+        workers: int = 0,
+        teacher: bool = True,
+        transform=None,
+        **changes,
+    ):
         self.recipe = replace(SHORT, folder=str(folder), **changes)
         self.path = Path(folder, "Tiny.ckpt")
         train_set = load_dataset("train", "sample", 1700, transform, self.recipe.seed, root)
-        self.loaders = (make_loader(train_set, self.recipe.batch_size, True, workers, self.recipe.seed),
-                        make_loader(load_dataset("test", "sample", root=root), 1000))
+        self.loaders = (
+            make_loader(train_set, self.recipe.batch_size, True, workers, self.recipe.seed),
+            make_loader(load_dataset("test", "sample", root=root), 1000),
+        )
         seed_everything(1)
         self.teacher = Tiny().eval() if teacher else None
         seed_everything(self.recipe.seed)
