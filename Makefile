@@ -32,6 +32,7 @@ bench: .venv/installed  ## measure both sides of every comparison of speed, on C
 
 tables: .venv/installed  ## the tables and charts in the Markdown files, from the committed files
 	$(RUN) -m benchmarks.tables
+	$(RUN) -m benchmarks.charts
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -4,35 +4,28 @@ import numbers
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-ALLOWED_SEEDS = "a whole number, 0 to 4294967295"  # see `is_seed`
-
 
 def require(name: str, value: object, allowed: str, holds: bool) -> None:
-    """Raise a ValueError of one line that names the setting, its value and what is allowed, unless
-    it holds.
+    """Raise a ValueError of one line that names the setting, its value and what is allowed.
+
+    Do nothing if it holds.
     """
     if not holds:
         shown = " ".join(repr(value).split())
-        raise ValueError(
-            f"{name} is {shown if len(shown) <= 200 else shown[:200] + '...'}: choose {allowed}"
-        )
+        shown = shown if len(shown) <= 200 else shown[:200] + "..."
+        raise ValueError(f"{name} is {shown}: choose {allowed}")
 
 
 def is_number(value: object) -> bool:
     """Return whether the value is a finite number, NumPy's included, and not a bool."""
-    return (
-        isinstance(value, numbers.Real) and not isinstance(value, bool) and bool(abs(value) < 1e100)
-    )  # NaN is not
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return False
+    return bool(abs(value) < 1e100)  # which NaN is not, either
 
 
 def positive(value: object) -> bool:
     """Return whether the value is a finite number above 0."""
     return is_number(value) and value > 0
-
-
-def is_seed(value: object) -> bool:
-    """Return whether the value can seed a random generator."""
-    return type(value) is int and 0 <= value < 2**32
 
 
 def is_folder(value: object) -> bool:
@@ -56,3 +49,11 @@ def whole(low: int, high: float = float("inf")) -> Callable[[object], bool]:
 def between(low: float, high: float = float("inf")) -> Callable[[object], bool]:
     """Return a check for finite numbers from `low` to `high`."""
     return lambda value: is_number(value) and low <= value <= high
+
+
+ALLOWED_SEEDS = "a whole number, 0 to 4294967295"
+
+
+def is_seed(value: object) -> bool:
+    """Return whether the value can seed a random generator."""
+    return type(value) is int and 0 <= value < 2**32

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoint import save
+from pretrained import save
 from model import NetDilated
 from recipe import Recipe
 

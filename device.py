@@ -8,27 +8,39 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from torch import nn
 
 
-def pick_device() -> torch.device:
-    """Return the best device here: CUDA, then MPS, then CPU, for which it also calls
-    `keep_freed_memory`.
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the device of that name, as "cpu", "cuda:1" or "mps"; "auto" is the best one here.
+
+    The best one is CUDA, then MPS, then the CPU.
+
+    Raises:
+        ValueError: this machine has no such device.
     """
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    keep_freed_memory()
-    return torch.device("cpu")
+    if name == "auto":
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
+    device = torch.device(name)
+    counts = {
+        "cpu": 1,
+        "mps": int(torch.backends.mps.is_available()),
+        "cuda": torch.cuda.device_count(),
+    }
+    if (device.index or 0) >= counts.get(device.type, 0):
+        raise ValueError(f"device is {name!r}, which is not here: choose auto or cpu")
+    return device
 
 
 def keep_freed_memory() -> None:
     """Set glibc's allocator of this process to keep freed memory; without glibc, do nothing.
 
     By default it hands every large activation back to the system, which clears its pages anew for
-    the next batch.
+    the next batch. Call it where training or evaluation on a CPU begins.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None).mallopt, -1, -4
@@ -57,17 +69,13 @@ def mixed_precision(device: torch.device) -> torch.dtype | None:
     slower in it than in fp32.
     """
     if device.type == "cuda":
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    cpu = _cpuinfo() if device.type == "cpu" else ""
-    return (
-        torch.bfloat16
-        if "amx_bf16" in cpu or ("avx512_bf16" in cpu and "AuthenticAMD" in cpu)
-        else None
-    )
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    if device.type == "cpu":
+        flags = _cpuinfo()
+        if "amx_bf16" in flags or ("avx512_bf16" in flags and "AuthenticAMD" in flags):
+            return torch.bfloat16
+    return None
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -82,25 +90,22 @@ def make_scaler(device: torch.device) -> torch.amp.GradScaler:
 
 
 def hardware(device: torch.device) -> str:
-    """Return the name of the device, and of a CPU the number of threads and the precision as
-    well.
-    """
+    """Return the name of the device, of a CPU with its number of threads and its precision."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return f"GPU of {platform.machine()}"
-    names = [
-        line.split(":")[1].strip()
-        for line in _cpuinfo().splitlines()
-        if line.startswith("model name")
-    ]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, {'bf16' if mixed_precision(device) else 'fp32'}"
+    lines = [line for line in _cpuinfo().splitlines() if line.startswith("model name")]
+    name = platform.processor() or platform.machine()
+    if lines:
+        name = lines[0].split(":")[1].strip()
+    precision = "bf16" if mixed_precision(device) else "fp32"
+    return f"{name}, {torch.get_num_threads()} threads, {precision}"
 
 
 @functools.cache
 def _cpuinfo():
-    """Return what Linux says of its processors, or nothing elsewhere."""
+    """Return what Linux says of its processors, or nothing elsewhere; read once."""
     path = Path("/proc/cpuinfo")
     return path.read_text() if path.exists() else ""
 
@@ -110,7 +115,7 @@ def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": version("torchvision"),
         "albumentations": version("albumentations"),
         "numpy": np.__version__,
     }

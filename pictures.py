@@ -1,5 +1,7 @@
-"""Your own picture: open it, classify it, plot it."""
+"""Your own picture: open it, classify it, plot it: `python pictures.py cat.jpg dog.png`."""
 
+import argparse
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -9,10 +11,11 @@ from PIL import Image, ImageOps
 from torch import nn
 from tqdm.auto import tqdm
 
-from checkpoint import one_line
 from checks import positive, require, whole
 from dataset import CLASSES, normalise, test_transform
-from utils import BLUE, finish_figure, show_image
+from model import NetDilated
+from plots import BLUE, finish_figure, show_image
+from pretrained import load, one_line
 
 Source = str | Path | Image.Image | np.ndarray
 
@@ -42,8 +45,8 @@ def open_picture(source: Source) -> np.ndarray:
         rgb = np.array(_to_rgb(ImageOps.exif_transpose(image)))
     except Exception as error:  # PIL's decoders raise errors of many kinds on damaged files
         raise ValueError(
-            f"{name} can't be used as a picture ({one_line(error)}): give a path of a PNG or JPEG file, a "
-            "PIL image, or an array of shape (H, W) or (H, W, 3), uint8 or floats from 0 to 1"
+            f"{name} can't be used as a picture ({one_line(error)}): give a path of a PNG or JPEG "
+            "file, a PIL image, or an array of shape (H, W) or (H, W, 3), uint8 or floats from 0 to 1"
         ) from error
     side = min(rgb.shape[:2])
     top, left = ((length - side) // 2 for length in rgb.shape[:2])
@@ -176,3 +179,37 @@ def plot_picture(
     axes[2].set(xlim=(0, 1.15), xticks=[])
     axes[2].spines[["top", "right", "bottom"]].set_visible(False)
     return finish_figure(figure, path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Classify the pictures that the arguments name, a line each."""
+    parser = argparse.ArgumentParser(description="Classify pictures with the committed network.")
+    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="the path of an image file")
+    parser.add_argument("--count", type=int, default=3, help="how many classes are shown (3)")
+    parser.add_argument("--save", metavar="FIGURE", help="draw one picture with its classes")
+    options = parser.parse_args(arguments)
+    if options.save and len(options.pictures) > 1:
+        parser.error("--save draws one picture: give only one")
+    try:
+        model, metrics = load(NetDilated)
+        temperature = metrics.get("temperature", 1.0)
+    except (ValueError, OSError) as error:
+        sys.exit(f"pictures.py: {error}")
+    status = 0
+    for picture in options.pictures:
+        try:
+            likeliest = classify(model, picture, options.count, temperature)
+        except ValueError as error:  # the others go on
+            print(f"pictures.py: {error}", file=sys.stderr)
+            status = 1
+            continue
+        classes = ", ".join(f"{name} {probability:.1%}" for name, probability in likeliest)
+        print(f"{picture}: {classes}")
+        if options.save:
+            plot_picture(picture, likeliest, options.save)
+            print(f"drawn in {options.save}")
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,8 @@
-"""Every setting of a run, its default, its meaning and its limits; the optimizer and the schedule
-that they name.
-"""
+"""Every setting of a run, with its meaning and limits; the optimizer and schedule they name."""
 
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -12,10 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader
 
 from checks import ALLOWED_SEEDS, between, is_folder, is_seed, one_of, positive, require, whole
-from dataset import CORES, DATASETS
-from model import NETWORKS
+from dataset import DATASETS
+from published import NETWORKS
 
 
 def setting(
@@ -25,9 +25,7 @@ def setting(
     check: Callable[[object], bool],
     affects_result: bool = True,
 ):
-    """Return a field of `Recipe`: its default, what it means, what is allowed in words, and how to
-    check that.
-    """
+    """Return a field of `Recipe`, with what it means, what is allowed in words, and a check."""
     return field(
         default=default,
         compare=affects_result,
@@ -37,7 +35,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every setting of a run. `Recipe()` is the headline run, `Recipe.quick()` the short one.
+    """Every setting of a run. `Recipe()` is the headline run; `medium` and `quick` are shorter.
 
     Recipes are equal if they give the same result: where it is written and how many workers there
     are don't matter.
@@ -67,7 +65,13 @@ class Recipe:
     )
     max_lr: float = setting(
         0.3,
-        "the peak of the learning rate; updates by Muon take a tenth of it",
+        "the peak of the learning rate",
+        "a number above 0",
+        positive,
+    )
+    muon_lr_ratio: float = setting(
+        0.1,
+        "the learning rate of the weights that Muon updates, as a share of that of the others",
         "a number above 0",
         positive,
     )
@@ -89,7 +93,7 @@ class Recipe:
     )
     weight_decay: float = setting(
         5e-4,
-        "weight decay; with Muon, only of the weights that it leaves to SGD; none of norms and biases",
+        "of the weights, not of norms and biases; with Muon, only of those that it leaves to SGD",
         "a number, 0 or more",
         between(0),
     )
@@ -108,7 +112,7 @@ class Recipe:
     sizes: tuple[int, ...] = setting(
         (20, 24, 28, 32),
         "progressive resizing: sizes of the training images, each for an equal share of the epochs",
-        "sizes in pixels, each 8 to 1024, such as 16,32 or 32,",
+        "sizes in pixels, each 8 to 1024, such as 32 or 16,32",
         lambda value: (
             isinstance(value, tuple) and len(value) > 0 and all(map(whole(8, 1024), value))
         ),
@@ -132,12 +136,21 @@ class Recipe:
     num_workers: int | None = setting(
         None,
         "processes that augment; None: one for each core, at most 8",
-        f"None, or 0 to {CORES}, the number of cores",
-        lambda value: value is None or whole(0, CORES)(value),
+        "None, or a whole number, 0 or more",
+        lambda value: value is None or whole(0)(value),
+        affects_result=False,
+    )
+    device: str = setting(
+        "auto",
+        "where the networks run; auto: the best device here",
+        "auto, cpu, mps, cuda, or one GPU of several, such as cuda:1",
+        lambda value: (
+            isinstance(value, str) and bool(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value))
+        ),
         affects_result=False,
     )
     folder: str = setting(
-        "weights",
+        "runs/headline",
         "where the weights, the metrics and the checkpoint of the run are written",
         "the path of a folder",
         is_folder,
@@ -146,11 +159,7 @@ class Recipe:
 
     def __post_init__(self):
         for each in fields(self):
-            value = getattr(self, each.name)
-            value = (
-                tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else _plain(value)
-            )  # JSON has lists
-            value = str(value) if isinstance(value, Path) else value
+            value = _plain(getattr(self, each.name))
             require(each.name, value, each.metadata["allowed"], each.metadata["check"](value))
             object.__setattr__(self, each.name, value)  # the dataclass is frozen
 
@@ -167,7 +176,20 @@ class Recipe:
                 "corruption": 0.0,
                 "sizes": (16, 32),
                 "teacher": None,
-                "folder": "weights/quick",
+                "folder": "runs/quick",
+                **changes,
+            }
+        )
+
+    @classmethod
+    def medium(cls, **changes: object) -> "Recipe":
+        """Return the recipe that passes 94 % in 30 epochs without a teacher, with changes."""
+        return cls(
+            **{
+                "epochs": 30,
+                "corruption": 0.0,
+                "teacher": None,
+                "folder": "runs/medium",
                 **changes,
             }
         )
@@ -178,11 +200,10 @@ class Recipe:
         return "validation" if self.validation_size else "test"
 
     def teacher_recipe(self, validation_size: int = 5000) -> "Recipe":
-        """Return the recipe of the run's teacher: three quarters of the epochs, without teacher and
-        corruption.
+        """Return the recipe of the run's teacher.
 
-        It holds out images, so that a student that holds out the same ones can be evaluated on
-        them.
+        It has three quarters of the epochs, no teacher and no corruption. It holds out images, so
+        that a student that holds out the same ones can be evaluated on them.
         """
         require("teacher", self.teacher, "the folder of the teacher", self.teacher is not None)
         return replace(
@@ -190,7 +211,7 @@ class Recipe:
             epochs=math.ceil(0.75 * self.epochs),
             teacher=None,
             corruption=0.0,
-            folder=self.teacher,
+            folder="runs/teacher",
             validation_size=validation_size,
         )
 
@@ -200,10 +221,9 @@ class Recipe:
         With fewer epochs than sizes, only the last sizes are used. Evaluation is always at full
         size. Tan and Le, EfficientNetV2, https://arxiv.org/abs/2104.00298.
         """
-        last = len(self.sizes) - 1
-        return self.sizes[
-            max(epoch * len(self.sizes) // self.epochs, last - (self.epochs - 1 - epoch))
-        ]
+        place = epoch * len(self.sizes) // self.epochs
+        epochs_left = self.epochs - 1 - epoch
+        return self.sizes[max(place, len(self.sizes) - 1 - epochs_left)]
 
     def to_json(self) -> dict[str, object]:
         """Return the settings that affect the result, in JSON's types."""
@@ -215,15 +235,24 @@ class Recipe:
 
 
 def _plain(value):
-    """Return a number of NumPy's as one of Python's, and everything else as it is."""
-    return value.item() if isinstance(value, np.generic) else value
+    """Return a setting in the type that the recipe keeps it in."""
+    if isinstance(value, (list, tuple)):  # JSON has lists
+        return tuple(map(_plain, value))
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value) if isinstance(value, Path) else value
 
 
-def seed_everything(seed: int) -> None:
-    """Seed the random generators of Python, NumPy and PyTorch."""
+def seed_everything(seed: int, loader: DataLoader | None = None) -> None:
+    """Seed the random generators of Python, NumPy and PyTorch, and the order of a loader."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    if loader:
+        loader.sampler.generator.manual_seed(seed)
+
+
+# ---------------------------------------------------------------- optimizer and schedule
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -244,7 +273,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         {"params": others, "weight_decay": 0.0},
     ]
     if mixing:
-        groups.append({"params": mixing, "weight_decay": 0.0, "orthogonal": True})
+        lr = recipe.muon_lr_ratio * recipe.max_lr
+        groups.append({"params": mixing, "lr": lr, "weight_decay": 0.0, "orthogonal": True})
     optimizer = {"SGD": torch.optim.SGD, "Muon": Muon}[recipe.optimizer]
     return optimizer(groups, lr=recipe.max_lr, momentum=recipe.momentum[1], nesterov=True)
 
@@ -254,9 +284,9 @@ def make_scheduler(
 ) -> OneCycleLR:
     """Return the one-cycle schedule, which is stepped after each batch.
 
-    The learning rate rises to `max_lr` in the share `warmup` of the steps and falls to nearly zero,
-    along cosines; the momentum does the opposite. Smith and Topin, Super-convergence,
-    https://arxiv.org/abs/1708.07120.
+    The learning rate of each group of parameters rises to the one it has now in the share `warmup`
+    of the steps, and falls to nearly zero, along cosines; the momentum does the opposite.
+    Smith and Topin, Super-convergence, https://arxiv.org/abs/1708.07120.
 
     Raises:
         ValueError: the run has fewer than three steps.
@@ -271,7 +301,7 @@ def make_scheduler(
     warmup = max(recipe.warmup, 2 / steps)  # a rise of one step would divide by zero
     return OneCycleLR(
         optimizer,
-        recipe.max_lr,
+        [group["lr"] for group in optimizer.param_groups],
         total_steps=steps,
         pct_start=warmup,
         base_momentum=low,
@@ -283,8 +313,8 @@ class Muon(torch.optim.SGD):
     """SGD whose updates of the parameters in "orthogonal" groups are nearly orthogonal matrices.
 
     Such a parameter is the weight of a convolution that mixes channels. Its update is the Nesterov
-    momentum, made nearly orthogonal, times `ratio` of the learning rate. So directions of small
-    gradients change as fast as the others. For mirrored pairs of channels, that is the update of
+    momentum, made nearly orthogonal, times the learning rate. So directions of small gradients
+    change as fast as the others. For mirrored pairs of channels, that is the update of
     the shared weight, not of the whole kernel. Jordan et al.,
     https://kellerjordan.github.io/posts/muon/ (`torch.optim.Muon` takes no convolutions).
 
@@ -293,23 +323,16 @@ class Muon(torch.optim.SGD):
     batch norm follows, as everywhere but in three layers of PublishedDilated.
     """
 
-    ratio = 0.1
-
     @torch.no_grad()
     def step(self):
         """Update all parameters that have a gradient. There is no `closure`."""
         for group in self.param_groups:
-            parameters = [
-                each
-                for each in group["params"]
-                if group.get("orthogonal") and each.grad is not None
-            ]
-            for shape in {each.shape for each in parameters}:
-                self._update(
-                    [each for each in parameters if each.shape == shape],
-                    group["momentum"],
-                    group["lr"],
-                )
+            by_shape = {}
+            for parameter in group["params"]:
+                if group.get("orthogonal") and parameter.grad is not None:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for parameters in by_shape.values():
+                self._update(parameters, group["momentum"], group["lr"])
         super().step()
 
     def _update(self, parameters, momentum, lr):
@@ -322,20 +345,22 @@ class Muon(torch.optim.SGD):
             parameter.grad = None  # SGD passes over it
         updates = zeropower_via_newtonschulz5(torch.stack(directions))
         for parameter, update in zip(parameters, updates, strict=True):
-            parameter.mul_(len(parameter) ** 0.5 / parameter.norm())
-            parameter.sub_(update.view_as(parameter), alpha=self.ratio * lr)
+            norm = parameter.norm().clamp(min=1e-7)  # weights may begin as zeros
+            parameter.mul_(len(parameter) ** 0.5 / norm)
+            parameter.sub_(update.view_as(parameter), alpha=lr)
 
 
 def zeropower_via_newtonschulz5(matrices: torch.Tensor) -> torch.Tensor:
-    """Return (..., M, N) matrices with their singular values brought near 1, to 0.6 to 1.3 where
-    they are not tiny.
+    """Return (..., M, N) matrices with their singular values brought near 1.
 
-    Five steps of Jordan's Newton-Schulz iteration, https://kellerjordan.github.io/posts/muon/.
+    Those that are not tiny become 0.6 to 1.3. Five steps of Jordan's Newton-Schulz iteration, https://kellerjordan.github.io/posts/muon/.
     """
     if matrices.shape[-2] > matrices.shape[-1]:
         return zeropower_via_newtonschulz5(matrices.mT).mT
+    # the iteration converges where no singular value is above 1, as with a Frobenius norm of 1
     matrices = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
+        # Jordan's coefficients: the steepest rise of small values, at the price of 0.6 to 1.3
         squares = matrices @ matrices.mT
         matrices = 3.4445 * matrices + (2.0315 * squares @ squares - 4.775 * squares) @ matrices
     return matrices

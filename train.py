@@ -1,12 +1,8 @@
-"""The run of the notebook as a command: `python train.py --quick --seed 1 --folder
-weights/quick-1`.
-
-The headline run needs a teacher: `benchmarks/reproduce.md` has the command that trains ours.
-"""
+"""The run of the notebook as a command: `python train.py --quick --seed 1 --folder runs/seed-1`."""
 
 import argparse
 import ast
-import json
+import hashlib
 import sys
 import time
 from collections.abc import Callable
@@ -19,41 +15,56 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import utils
-from checkpoint import Checkpoint, add_metrics, labels_sha256, load_teacher, save
-from dataset import load_dataset, make_loader, train_transform
-from device import hardware, make_scaler, pick_device, to_device
-from model import build_network
+from checkpoint import Checkpoint
+from dataset import A, load_dataset, make_loader, train_transform
+from device import hardware, keep_freed_memory, make_scaler, pick_device, to_device
+from model import NetDilated
+from pretrained import add_metrics, load, save
+from published import NETWORKS, find_network
 from recipe import Recipe, make_optimizer, make_scheduler, seed_everything
 
 
-def run(recipe: Recipe, build: Callable[[], nn.Module] | None = None) -> tuple[nn.Module, dict]:
-    """Train a network from scratch, save it with its metrics in the folder of the recipe, and
-    return both.
+def run(
+    recipe: Recipe,
+    build: Callable[[], nn.Module] | None = None,
+    transform: A.Compose | None = None,
+    restart: bool = False,
+) -> tuple[nn.Module, dict]:
+    """Train a network from scratch, save it in the folder of the recipe, and return both.
 
-    A run whose checkpoint is there goes on, or is loaded if it was finished. `build` makes another
-    network than the recipe's, which `load` does not know. With a `validation_size`, the metrics
-    have the temperature that fits the validation images best.
+    A run whose checkpoint is there goes on, or is loaded if it was finished. With a
+    `validation_size`, the metrics have the temperature that fits the validation images best.
+
+    Args:
+        recipe: every setting of the run.
+        build: makes another network than the recipe's, as its class does. `load(build, folder)`
+            gets it back.
+        transform: augments the training images in place of `train_transform(recipe.augmentation)`.
+            The metrics tell which one it was.
+        restart: see `Checkpoint`.
+
+    Returns:
+        the network, and its metrics.
 
     Raises:
         ValueError, RuntimeError, FloatingPointError: see `fit` and `load_dataset`.
         FileNotFoundError: there is no teacher.
     """
-    device = pick_device()
-    seed_everything(recipe.seed)
-    train_set = load_dataset(
-        "train",
-        recipe.data,
-        recipe.validation_size,
-        train_transform(recipe.augmentation),
-        recipe.seed,
-    )
+    keep_freed_memory()
+    device = pick_device(recipe.device)
+    seed_everything(recipe.seed)  # the weights are drawn from here
+    augment = transform or train_transform(recipe.augmentation)
+    train_set = load_dataset("train", recipe.data, recipe.validation_size, augment, recipe.seed)
     test_set = load_dataset(recipe.split, recipe.data, recipe.validation_size)
     train_loader = make_loader(train_set, recipe.batch_size, True, recipe.num_workers, recipe.seed)
     test_loader = make_loader(test_set, min(500, len(test_set)))
-    model = to_device(build() if build else build_network(recipe.network), device)
+    model = to_device((build or NETWORKS[recipe.network])(), device)
     teacher = recipe.teacher and load_teacher(recipe, train_set.targets)
-    history = fit(model, recipe, train_loader, test_loader, teacher)
-    metrics = save(model, utils.run_metrics(model, recipe, history, test_set.title), recipe.folder)
+    history = fit(model, recipe, train_loader, test_loader, teacher, restart)
+    metrics = utils.run_metrics(model, recipe, history, test_set.title)
+    if transform:
+        metrics["transform"] = str(transform).splitlines()
+    metrics = save(model, metrics, recipe.folder)
     measured = {
         "sample_mistakes": utils.sample_mistakes(model),
         "labels_sha256": labels_sha256(train_set.targets),
@@ -69,8 +80,9 @@ def fit(
     train_loader: DataLoader,
     test_loader: DataLoader,
     teacher: nn.Module | None = None,
+    restart: bool = False,
 ) -> dict[str, list[float]]:
-    """Train the model as the loop of the notebook does, and return the history: see `Checkpoint`.
+    """Train the model as the loop of the notebook does, and return the history: see `utils.Log`.
 
     Raises:
         ValueError: the checkpoint in the folder is damaged or of another run, the loader's order
@@ -82,15 +94,24 @@ def fit(
     teacher = teacher and to_device(teacher, device)
     optimizer, scaler = make_optimizer(model, recipe), make_scaler(device)
     scheduler = make_scheduler(optimizer, recipe, len(train_loader))
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    print(f"{recipe.epochs} epochs on {hardware(device)}, data: {train_loader.dataset.title}")
     path = Path(recipe.folder, f"{type(model).__name__}.ckpt")
-    with Checkpoint(path, recipe, train_loader, teacher, parts) as checkpoint:
-        for epoch in checkpoint.remaining_epochs():
+    log = utils.Log(path.with_suffix(".csv"), recipe)
+    parts = {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "scaler": scaler,
+        "log": log,
+    }
+    print(f"{recipe.epochs} epochs on {hardware(device)}, data: {train_loader.dataset.title}")
+    checkpoint = Checkpoint(path, recipe, train_loader, parts, teacher, restart)
+    seed_everything(recipe.seed, train_loader)  # whatever was drawn since the weights
+    with checkpoint, log:
+        for epoch in log.remaining_epochs():
             start = time.perf_counter()
             train_metrics = utils.train(
                 model,
-                checkpoint.batches(epoch),
+                log.progress(train_loader),
                 recipe,
                 epoch,
                 optimizer,
@@ -99,38 +120,87 @@ def fit(
                 teacher,
             )
             test_metrics = utils.test(model, test_loader)
-            checkpoint.log(*train_metrics, *test_metrics, time.perf_counter() - start)
+            log.add(*train_metrics, *test_metrics, time.perf_counter() - start)
             checkpoint.save()
-    return checkpoint.history
+    return log.history
 
 
-def estimate(recipe: Recipe, images: int, device: torch.device) -> float:
-    """Return about how many seconds the training steps of a run take on this device, without
-    evaluation.
+# ---------------------------------------------------------------- the teacher
 
-    Two steps are timed at each image size, of untrained networks. `images` is the size of the
-    training set. The random generators of the CPU and of CUDA stay as they were.
+
+def load_teacher(recipe: Recipe, labels: list[int]) -> nn.Module:
+    """Return the NetDilated saved in the folder `recipe.teacher`, in evaluation mode.
+
+    `labels` are those of the student's training images. A folder that is not where the program was
+    started is looked for in the repository.
+
+    Raises:
+        ValueError: it was trained on other data, or perhaps on images that the student holds out;
+            or see `load`.
+        FileNotFoundError: there is no teacher.
+    """
+    folder = Path(recipe.teacher)
+    if not folder.exists():
+        folder = Path(__file__).resolve().parent / folder
+    try:
+        teacher, metrics = load(NetDilated, folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"teacher is {recipe.teacher!r}, which lacks NetDilated.pt or NetDilated.json: choose "
+            "None, or train one (benchmarks/reproduce.md has the command)"
+        ) from error
+    data, held_out = metrics["recipe"]["data"], metrics["recipe"]["validation_size"]
+    choose = f"teacher is {recipe.teacher!r}: choose None, or the folder of one"
+    if data != recipe.data:
+        raise ValueError(f"{choose} trained on {recipe.data}, not on {data}")
+    if held_out < recipe.validation_size:
+        raise ValueError(
+            f"{choose} that held out {recipe.validation_size} training images, as the student "
+            f"does, not {held_out}"
+        )
+    seen = labels[: len(labels) + recipe.validation_size - held_out]
+    if recipe.validation_size and metrics.get("labels_sha256") != labels_sha256(seen):
+        raise ValueError(
+            f"{choose} whose training images had the order that they have here: this one may have "
+            "seen those that are held out (benchmarks/reproduce.md has the command that trains a "
+            "teacher)"
+        )
+    return teacher
+
+
+def labels_sha256(labels: list[int]) -> str:
+    """Return the SHA-256 of the labels, 0 to 255, which tells in which order the images were."""
+    return hashlib.sha256(bytes(labels)).hexdigest()
+
+
+# ---------------------------------------------------------------- the time that a run takes
+
+
+def estimate(
+    recipe: Recipe,
+    images: int,
+    device: torch.device,
+    build: Callable[[], nn.Module] | None = None,
+) -> float:
+    """Return about how many seconds the training steps of a run take on this device.
+
+    Two steps are timed at each image size, of untrained networks, and no evaluation. `images` is
+    the size of the training set. The random generators of the CPU and of CUDA stay as they were.
     """
     count, seconds = min(recipe.batch_size, images), 0.0
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        model = to_device(build_network(recipe.network), device)
-        teacher = to_device(build_network("NetDilated"), device).eval() if recipe.teacher else None
+        model = to_device((build or NETWORKS[recipe.network])(), device)
+        teacher = to_device(NetDilated(), device).eval() if recipe.teacher else None
         optimizer = make_optimizer(model, recipe)
         batch = (
             torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8),
             torch.randint(10, (count,)),
         )
+        batches = [batch] * 2
         sizes = [recipe.image_size(epoch) for epoch in range(recipe.epochs)]
         for size in set(sizes):
-            step = partial(
-                utils.train,
-                model,
-                [batch] * 2,
-                recipe,
-                sizes.index(size),
-                optimizer,
-                teacher=teacher,
-            )
+            epoch = sizes.index(size)
+            step = partial(utils.train, model, batches, recipe, epoch, optimizer, teacher=teacher)
             step()  # warms up
             start = time.perf_counter()
             step()
@@ -138,26 +208,22 @@ def estimate(recipe: Recipe, images: int, device: torch.device) -> float:
     return seconds
 
 
-def announce(recipe: Recipe) -> str:
-    """Return in one line how long a run takes here, and after it time and accuracy of the quick
-    run, if it is another.
+def announce(recipe: Recipe, build: Callable[[], nn.Module] | None = None) -> str:
+    """Return in one line how long a run takes here.
 
     Raises:
-        ValueError, RuntimeError: the batch is larger than the training set; or see `load_dataset`.
+        ValueError, RuntimeError: the batch is larger than the training set, or the device is not
+            here; or see `load_dataset`.
     """
-    device = pick_device()
+    keep_freed_memory()
+    device = pick_device(recipe.device)
     train_set = load_dataset("train", recipe.data, recipe.validation_size)
     make_loader(train_set, recipe.batch_size)  # which refuses a batch that is too large
-    text = (
-        f"a whole run of {recipe.epochs} epochs: about {duration(estimate(recipe, len(train_set), device))} of "
-        f"training steps on {hardware(device)}"
-    )
-    if recipe == Recipe.quick(seed=recipe.seed):
-        return text
-    quick = json.loads((Path(__file__).parent / "benchmarks" / "quick.json").read_text())
+    seconds = estimate(recipe, len(train_set), device, build)
+    epochs = f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}"
     return (
-        f"{text}; Recipe.quick() takes about {duration(estimate(Recipe.quick(), 50_000, device))} and reaches "
-        f"{quick['mean_test_accuracy']:.1f} % on CIFAR-10"
+        f"a whole run of {epochs}: about {duration(seconds)} of training steps on "
+        f"{hardware(device)}"
     )
 
 
@@ -169,41 +235,69 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+# ---------------------------------------------------------------- the command
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the recipe that the arguments name: every field of `Recipe` is one."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="begin with Recipe.quick(), which passes 85 %%"
-    )
-    for each in fields(Recipe):
-        meaning = each.metadata["meaning"].replace("%", "%%")
-        parser.add_argument(
-            f"--{each.name.replace('_', '-')}",
-            type=str if each.type is str else parse,
-            default=argparse.SUPPRESS,
-            metavar="VALUE",
-            help=f"{meaning} ({each.default})",
-        )
-    options = vars(parser.parse_args(arguments))
+    options = vars(_parser().parse_args(arguments))
     try:
-        recipe = Recipe.quick(**options) if options.pop("quick") else Recipe(**options)
-        print(announce(recipe), flush=True)
-        _, metrics = run(recipe)
+        build = None
+        if ":" in options.get("network", ""):
+            build = find_network(options.pop("network"))
+        recipe = options.pop("recipe")(**options)
+        print(announce(recipe, build), flush=True)
+        _, metrics = run(recipe, build)
     except (ValueError, RuntimeError, OSError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    print(f"{metrics['data']}: {recipe.split} accuracy {metrics[f'{recipe.split}_accuracy']:.2f} %")
+    accuracy = metrics[f"{recipe.split}_accuracy"]
+    print(f"{metrics['data']}: {recipe.split} accuracy {accuracy:.2f} %, in {recipe.folder}/")
 
 
-def parse(text: str) -> object:
-    """Return the value of an argument: a number, None, a list such as 16,24,32, or else the text
-    itself.
+def _parser():
+    """Return the parser of the command line, in which every field of `Recipe` is an option."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.set_defaults(recipe=Recipe)
+    for name, meaning in (
+        ("quick", "two epochs, more than 85 %%"),
+        ("medium", "30 epochs without a teacher, more than 94 %%"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            dest="recipe",
+            action="store_const",
+            const=getattr(Recipe, name),
+            help=f"begin with Recipe.{name}(): {meaning}",
+        )
+    for each in fields(Recipe):
+        default = each.default
+        if isinstance(default, tuple):
+            default = ",".join(map(str, default))
+        text = f"{each.metadata['meaning']} (default {default}; {each.metadata['allowed']})"
+        parser.add_argument(
+            f"--{each.name.replace('_', '-')}",
+            type=str
+            if each.type is str
+            else partial(parse, several=isinstance(each.default, tuple)),
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=text.replace("%", "%%"),
+        )
+    return parser
+
+
+def parse(text: str, several: bool = False) -> object:
+    """Return the value of an argument: a number, None, a list such as 16,24,32, or the text itself.
+
+    With `several`, a single number is a list of one.
     """
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+    return (value,) if several and not isinstance(value, (tuple, list)) else value
 
 
 if __name__ == "__main__":

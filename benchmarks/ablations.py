@@ -1,5 +1,4 @@
-"""What each idea is worth: runs on the first training images, evaluated on the last ones, which are
-held out.
+"""What each idea is worth: runs that are evaluated on held-out training images, the last ones.
 
 `python -m benchmarks.ablations` makes the rows of `RECIPES` that benchmarks/ablations.json lacks.
 With names of rows as arguments it makes those, in every table that has them, and replaces what the
@@ -15,9 +14,9 @@ from pathlib import Path
 
 from torch import nn
 
-from checkpoint import write_json
 from checks import require
 from dataset import load_dataset
+from pretrained import write_json
 from recipe import Recipe
 from train import run
 from utils import accuracy_under_corruptions, mean_accuracy_under_corruptions

@@ -24,11 +24,18 @@ from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import utils
-from checker.operations import count_macs
-from checkpoint import write_json
 from dataset import CORES, MEAN, STD, A, load_dataset, make_loader, train_transform
-from device import hardware, mixed_precision, pick_device, to_device, versions
-from model import build_network
+from device import (
+    hardware,
+    keep_freed_memory,
+    mixed_precision,
+    pick_device,
+    to_device,
+    versions,
+)
+from model import NetDilated
+from pretrained import write_json
+from published import PublishedDepthwise, PublishedDilated
 from recipe import Recipe, make_optimizer
 
 HERE = Path(__file__).resolve().parent
@@ -36,13 +43,13 @@ OURS, QUICK, HEADLINE = "NetDilated", "NetDilated, quick recipe", "NetDilated, h
 TEACHER = "NetDilated, its teacher's recipe"
 PLAIN = Recipe(sizes=(32,), teacher=None, corruption=0)
 SIDES = {  # network, batch size, and the recipe of our training step; None: a plain PyTorch loop
-    OURS: ("NetDilated", 256, PLAIN),
-    HEADLINE: ("NetDilated", 256, Recipe()),
-    TEACHER: ("NetDilated", 256, Recipe().teacher_recipe()),
-    QUICK: ("NetDilated", 128, Recipe.quick()),
-    "NetDilated, PyTorch's defaults": ("NetDilated", 256, None),
-    "PublishedDilated, PyTorch's defaults": ("PublishedDilated", 256, None),
-    "PublishedDepthwise, PyTorch's defaults": ("PublishedDepthwise", 512, None),
+    OURS: (NetDilated, 256, PLAIN),
+    HEADLINE: (NetDilated, 256, Recipe()),
+    TEACHER: (NetDilated, 256, Recipe().teacher_recipe()),
+    QUICK: (NetDilated, 128, Recipe.quick()),
+    "NetDilated, PyTorch's defaults": (NetDilated, 256, None),
+    "PublishedDilated, PyTorch's defaults": (PublishedDilated, 256, None),
+    "PublishedDepthwise, PyTorch's defaults": (PublishedDepthwise, 512, None),
 }
 PUBLISHED = "PublishedDepthwise, PyTorch's defaults"
 PUBLISHED_EPOCHS = 98  # in which the published PublishedDepthwise first passed 85 %
@@ -67,9 +74,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "seconds": options.seconds,
     }
     print(f"{results['hardware']}, {options.data}, medians of {options.repeats}")
-    load_dataset(
-        "train", options.data
-    )  # if the data are missing, it is said before anything is measured
+    load_dataset("train", options.data)  # missing data are named before anything is measured
     results["training step"] = training_step(options)
     results["whole runs, minutes"] = whole_runs(results["training step"], HERE / "quick.json")
     results["input pipeline"] = input_pipeline(options)
@@ -85,9 +90,7 @@ def main(arguments: list[str] | None = None) -> dict:
 
 
 def training_step(options: argparse.Namespace) -> dict:
-    """Images a second of each side, measured in turn, peak memory, and how many times faster ours
-    is.
-    """
+    """Measure images a second and peak memory of each side, in turn, and the ratio to ours."""
     sides = {name: serve(serve_side, options, *side) for name, side in SIDES.items()}
     rates = {name: [] for name in sides}
     for _ in range(options.repeats):
@@ -112,10 +115,12 @@ def training_step(options: argparse.Namespace) -> dict:
     return rows
 
 
-def serve_side(pipe, options, network, batch_size, recipe):
+def serve_side(pipe, options, build, batch_size, recipe):
     """Measure one side whenever asked: the rate over steps of all the recipe's image sizes."""
-    device = pick_device() if recipe else options.device  # on a CPU, only ours keeps freed memory
-    model = build_network(network).to(device)
+    device = options.device
+    if recipe:  # PyTorch's defaults don't
+        keep_freed_memory()
+    model = build().to(device)
     steps = our_steps(model, batch_size, recipe) if recipe else plain_steps(model, batch_size)
     images = batch_size * (len(set(recipe.sizes)) if recipe else 1)
     steps()
@@ -133,9 +138,7 @@ def serve_side(pipe, options, network, batch_size, recipe):
 
 
 def our_steps(model: torch.nn.Module, batch_size: int, recipe: Recipe) -> Callable[[], None]:
-    """Return a function that trains the model for one step at each image size of the recipe, on one
-    random batch.
-    """
+    """Return a function that trains for one step at each image size, on one random batch."""
     device = next(model.parameters()).device
     to_device(model, device)
     batch = (
@@ -143,7 +146,7 @@ def our_steps(model: torch.nn.Module, batch_size: int, recipe: Recipe) -> Callab
         torch.randint(10, (batch_size,)),
     )
     optimizer = make_optimizer(model, recipe)
-    teacher = to_device(build_network("NetDilated"), device).eval() if recipe.teacher else None
+    teacher = to_device(NetDilated(), device).eval() if recipe.teacher else None
     sizes = [recipe.image_size(epoch) for epoch in range(recipe.epochs)]
     epochs = [sizes.index(size) for size in dict.fromkeys(recipe.sizes)]
     return lambda: [
@@ -152,8 +155,9 @@ def our_steps(model: torch.nn.Module, batch_size: int, recipe: Recipe) -> Callab
 
 
 def plain_steps(model: torch.nn.Module, batch_size: int) -> Callable[[], None]:
-    """Return a function that makes one training step as most PyTorch programs do: fp32, channels
-    first, SGD.
+    """Return a function that makes one training step with PyTorch's defaults.
+
+    That is fp32 and channels first, with SGD.
     """
     device = next(model.parameters()).device
     images, labels = (
@@ -176,24 +180,24 @@ def plain_steps(model: torch.nn.Module, batch_size: int) -> Callable[[], None]:
 
 
 def whole_runs(steps: dict, path: Path) -> dict | None:
-    """Minutes of the training steps: to 85 % by the quick recipe and as published, and of the
-    headline and its teacher.
+    """Return the minutes of the training steps of whole runs.
 
-    That the quick recipe passes 85 % is known from its three runs, which `benchmarks/quick.py`
-    made.
+    They are those to 85 %, by the quick recipe and as published, and those of the headline and its
+    teacher. That the quick recipe passes 85 % is known from the three runs of
+    `benchmarks/quick.py`.
     """
     quick = json.loads(path.read_text()) if path.exists() else {"runs": []}
     if (
         not quick["runs"]
         or quick["mean_test_accuracy"] < 85
         or any(
-            run["recipe"] != Recipe.quick(seed=run["recipe"]["seed"]).to_json()
+            Recipe(**run["recipe"]) != Recipe.quick(seed=run["recipe"]["seed"])
             for run in quick["runs"]
         )
     ):
         print(
-            f"\nwhole runs: {path.name} is missing, of another recipe or below 85 %: run `python -m "
-            "benchmarks.quick` first"
+            f"\nwhole runs: {path.name} is missing, of another recipe or below 85 %: run "
+            "`python -m benchmarks.quick` first"
         )
         return None
     images = {
@@ -307,7 +311,7 @@ def waiting(options: argparse.Namespace, device: torch.device) -> float:
     """The share of an epoch that the training loop spends waiting for its loader, in percent."""
     train_set = load_dataset("train", options.data)
     batch_size = min(256, options.images)
-    loader, model = make_loader(train_set, batch_size, True), build_network("NetDilated")
+    loader, model = make_loader(train_set, batch_size, True), NetDilated()
     to_device(model, device)
     waits = []
 
@@ -325,7 +329,8 @@ def waiting(options: argparse.Namespace, device: torch.device) -> float:
         100 * sum(waits[1:]) / (time.perf_counter() - start - waits[0])
     )  # the first one starts the workers
     print(
-        f"\nwaiting for data: {share:.1f} % of the training loop's time, {loader.num_workers} workers"
+        f"\nwaiting for data: {share:.1f} % of the training loop's time, "
+        f"{loader.num_workers} workers"
     )
     return share
 
@@ -339,7 +344,7 @@ def evaluation(options: argparse.Namespace, device: torch.device) -> dict:
     loader = make_loader(
         Subset(test_set, range(min(options.images, len(test_set)))), min(500, options.images)
     )
-    model = to_device(build_network("NetDilated"), device)
+    model = to_device(NetDilated(), device)
     row = spread([seconds(lambda: utils.test(model, loader)) for _ in range(options.repeats)])
     print(
         "\nevaluation of {:,} images: {:.1f} s, {:.1f} to {:.1f}".format(
@@ -359,9 +364,10 @@ def arithmetic(steps: dict, device: torch.device, side: int = 4096) -> dict:
     dtype = mixed_precision(device) or torch.float32
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     product = 2 * side**3 / min(seconds(lambda: a @ b) for _ in range(5)) / 1e9
-    step = 6 * count_macs(build_network("NetDilated")) * steps[OURS]["median"] / 1e9
+    step = 6 * utils.count_macs(NetDilated()) * steps[OURS]["median"] / 1e9
     print(
-        f"\ntraining step: {step:.0f} GFLOP/s, {step / product:.0%} of a matrix product's {product:.0f} in {dtype}"
+        f"\ntraining step: {step:.0f} GFLOP/s, {step / product:.0%} of a matrix product's "
+        f"{product:.0f} in {dtype}"
     )
     return {
         "training step": step,

@@ -8,16 +8,17 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from checkpoint import write_json
+from pretrained import write_json
 from recipe import Recipe
 from train import run
 
 HERE = Path(__file__).resolve().parent
+RECIPE = Recipe.quick()
 
 
 def main(
-    recipe: Recipe = Recipe.quick(),
-    seeds: tuple[int, ...] = (0, 1, 2),  # noqa: B008
+    recipe: Recipe = RECIPE,
+    seeds: tuple[int, ...] = (0, 1, 2),
     output: Path = HERE / "quick.json",
     folder: Path = HERE.parent / "checkpoints" / "quick",
 ) -> None:

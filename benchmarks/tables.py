@@ -1,4 +1,4 @@
-"""The tables and charts of the README and of benchmarks/, from the committed files: `make tables`.
+"""The tables of the README and of benchmarks/, from the committed files: `make tables`.
 
 A table stands between `<!-- NAME -->` and `<!-- end -->` in a Markdown file, where NAME is one of
 `TABLES`.
@@ -7,21 +7,19 @@ A table stands between `<!-- NAME -->` and `<!-- end -->` in a Markdown file, wh
 import json
 import re
 import statistics
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import scipy.stats
 import torch
+from checker.rules import HOLDS, check_rules
 
 from checker.tables import markdown_table
-from checkpoint import load, load_metrics
 from checks import require
 from dataset import load_dataset, normalise, train_transform
-from model import NETWORKS, NetDilated
-from rules import HOLDS, PARAMETER_LIMIT, check_rules
-from utils import BLUE, COLOURS, ORANGE, PUBLISHED, finish_figure, mean_accuracy_under_corruptions
+from model import NetDilated
+from pretrained import load, load_metrics
+from published import NETWORKS
+from utils import mean_accuracy_under_corruptions
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -31,12 +29,10 @@ EQUAL_EPOCHS = WEIGHTS / "30-epochs"
 
 
 def main() -> None:
-    """Bring every table up to date and draw the charts."""
+    """Bring every table up to date."""
     for path in FILES:
         text = updated(path.read_text(encoding="utf-8"))
         path.write_text(text, encoding="utf-8", newline="\n")
-    plot_comparison(ROOT / "img" / "comparison_image.png")
-    plot_ablations(ROOT / "img" / "ablations_image.png")
 
 
 def updated(text: str) -> str:
@@ -62,9 +58,7 @@ def runs() -> list[dict]:
 
 
 def mean_and_deviation() -> str:
-    """Return the mean test accuracy of the seeds in percent, with its standard deviation if there
-    are several.
-    """
+    """Return the mean test accuracy of the seeds in percent, and its standard deviation."""
     accuracies = [metrics["test_accuracy"] for metrics in runs()]
     deviation = f" ± {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
     return f"{statistics.mean(accuracies):.2f}{deviation}"
@@ -86,8 +80,10 @@ def headline() -> str:
     unseen = mean_accuracy_under_corruptions(accuracies, ["JPEG", "brightness"])
     seeds = f"{len(runs())} seeds" if len(runs()) > 1 else "one run"
     return (
-        f"**{mean_and_deviation()} % test accuracy**, {seeds}, {runs()[0]['parameters']:,} parameters, {kept}."
-        f"\n{corrupted:.1f} % on average under our corruptions, {unseen:.1f} % under the kinds not in its training "
+        f"**{mean_and_deviation()} % test accuracy**, {seeds}, "
+        f"{runs()[0]['parameters']:,} parameters, {kept}."
+        f"\n{corrupted:.1f} % on average under our corruptions, "
+        f"{unseen:.1f} % under the kinds not in its training "
         f"(seed 0, 2,000 images, clean {clean:.1f})."
     )
 
@@ -107,9 +103,7 @@ def results() -> str:
     ]
     for name in NETWORKS:
         metrics = load_metrics(name, EQUAL_EPOCHS)
-        published = (
-            f"{PUBLISHED[name][1]} in {PUBLISHED[name][0]} epochs" if name in PUBLISHED else ""
-        )
+        published = getattr(NETWORKS[name], "published_result", "")
         rows.append(
             (
                 name,
@@ -160,7 +154,7 @@ def mirror_difference() -> float:
     """Return by how much the logits of the sample's test images and of their mirror images differ
     at most.
     """
-    model, images = load("NetDilated", WEIGHTS)[0], normalise(load_dataset("test", "sample").data)
+    model, images = load(NetDilated)[0], normalise(load_dataset("test", "sample").data)
     with torch.no_grad():
         return (model(images) - model(images.flip(3))).abs().max().item()
 
@@ -176,7 +170,7 @@ def bench() -> dict:
 def training_step() -> str:
     """Images a second of the training step."""
     return markdown_table(
-        ("training step", "images/s:", "min to max:", "peak MB:", "first row / this:"),
+        ("training step", "images/s:", "min to max:", "peak MB:", "relative time:"),
         [
             (
                 name,
@@ -235,7 +229,8 @@ def other_measurements() -> str:
             (f"evaluating {evaluation['images']:,} images", f"{evaluation['median']:.1f} s"),
             (
                 "FLOP/s of the training step, in % of those of a large matrix product",
-                f"{rate['share']:.0%} ({rate['training step']:.0f} of {rate['matrix product']:.0f} GFLOP/s)",
+                f"{rate['share']:.0%} ({rate['training step']:.0f} of "
+                f"{rate['matrix product']:.0f} GFLOP/s)",
             ),
         ],
     )
@@ -271,8 +266,8 @@ def all_ablations() -> str:
         "variant",
         "parameters:",
         "MACs, M:",
-        "train %:",
-        "validation %:",
+        "training accuracy, %:",
+        "validation accuracy, %:",
         "validation loss:",
         "corrupted %:",
     )
@@ -314,142 +309,6 @@ TABLES: dict[str, Callable[[], str]] = {
         all_ablations,
     )
 }
-
-
-# ---------------------------------------------------------------- charts
-
-
-def plot_comparison(path: Path) -> plt.Figure:
-    """Draw test accuracy against parameters: the headline, the three networks of equal epochs, and
-    references.
-    """
-    figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    for row in json.loads((HERE / "references.json").read_text()):
-        point(
-            axis,
-            row["parameters"],
-            row["test_accuracy"],
-            row["network"],
-            "grey",
-            "s",
-            right=row["label_right"],
-        )
-    for name, (_, accuracy) in PUBLISHED.items():
-        metrics, published = load_metrics(name, EQUAL_EPOCHS), float(accuracy.split()[-1])
-        parameters, retrained = metrics["parameters"], metrics["test_accuracy"]
-        axis.annotate(
-            "",
-            (parameters, retrained),
-            (parameters, published),
-            arrowprops={"arrowstyle": "->", "color": BLUE},
-        )
-        point(axis, parameters, published, "", BLUE, "o", markerfacecolor="white")
-        point(
-            axis, parameters, retrained, f"{name}, {metrics['recipe']['epochs']} epochs", BLUE, "o"
-        )
-    right = load_metrics("PublishedDepthwise", EQUAL_EPOCHS)["parameters"]
-    axis.annotate(
-        "as published (the left one: more than 85)",
-        (right, 85.1),
-        (-18, -3),
-        textcoords="offset points",
-        fontsize=9,
-        color=BLUE,
-        ha="right",
-    )
-    metrics, headline_runs = load_metrics("NetDilated", EQUAL_EPOCHS), runs()
-    ours = statistics.mean(run["test_accuracy"] for run in headline_runs)
-    point(
-        axis,
-        metrics["parameters"],
-        metrics["test_accuracy"],
-        f"NetDilated, {metrics['recipe']['epochs']} epochs",
-        ORANGE,
-        "o",
-    )
-    point(
-        axis,
-        metrics["parameters"],
-        ours,
-        f"NetDilated, headline recipe, mean of {len(headline_runs)}: {ours:.2f} ",
-        ORANGE,
-        "*",
-        markersize=16,
-    )
-    axis.axvline(PARAMETER_LIMIT, color="black", linewidth=1, linestyle=":", zorder=0)
-    axis.text(1.015 * PARAMETER_LIMIT, 84.7, f"the limit of {PARAMETER_LIMIT:,}", fontsize=9)
-    axis.set(
-        xscale="log",
-        xlim=(64_000, 560_000),
-        xlabel="parameters (logarithmic)",
-        ylabel="test accuracy, %",
-        title="CIFAR-10 (grey: other networks, as published)",
-    )
-    axis.set_xticks([100_000, 200_000, 400_000], ["100,000", "200,000", "400,000"])
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    return finish_figure(figure, path)
-
-
-def point(
-    axis: plt.Axes,
-    x: float,
-    y: float,
-    text: str,
-    colour: str,
-    marker: str,
-    right: bool = False,
-    **style: object,
-) -> None:
-    """Draw a point, with its text to the left or to the right of it."""
-    axis.plot(x, y, marker, color=colour, **style)
-    axis.annotate(
-        text,
-        (x, y),
-        (8 if right else -8, -3),
-        textcoords="offset points",
-        fontsize=9,
-        color=colour,
-        ha="left" if right else "right",
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-    )
-
-
-def plot_ablations(path: Path) -> plt.Figure:
-    """Draw how many points each change is worth in ten epochs, beside the deviation of the seeds
-    without a change.
-    """
-    accuracies = {
-        name: row["validation_accuracy"]
-        for table in ("10 epochs", "10 epochs, other code")
-        for name, row in ablations()[table].items()
-    }
-    unchanged = [accuracies.pop(name) for name in list(accuracies) if name.startswith("NetDilated")]
-    base = statistics.mean(unchanged)
-    bars = {name: accuracy - base for name, accuracy in accuracies.items()}
-    figure, axis = plt.subplots(figsize=(8, 0.4 * len(bars) + 1), layout="constrained")
-    names, values = zip(*sorted(bars.items(), key=lambda bar: -bar[1]), strict=True)
-    names = [textwrap.fill(name, 44) for name in names]
-    drawn = axis.barh(
-        names, values, color=[COLOURS[2] if value > 0 else ORANGE for value in values]
-    )
-    axis.bar_label(drawn, [f"{value:+.2f}" for value in values], padding=3, fontsize=9)
-    axis.set(
-        xlim=(min(values) - 0.4, max(*values, 0) + 0.4),
-        xlabel="percentage points of validation accuracy",
-        title=f"Variants after ten epochs (unchanged: {base:.2f} %)",
-    )
-    if len(unchanged) > 1:
-        error = (
-            statistics.stdev(unchanged) * (1 + 1 / len(unchanged)) ** 0.5
-        )  # of a run's distance from their mean
-        half_width = error * scipy.stats.t.ppf(0.975, len(unchanged) - 1)
-        axis.axvspan(-half_width, half_width, color="lightgrey", alpha=0.5, zorder=0)
-        axis.set_xlabel(
-            f"{axis.get_xlabel()}\ngrey: 95 % prediction interval, unchanged ({len(unchanged)} seeds)"
-        )
-    axis.invert_yaxis()
-    return finish_figure(figure, path)
 
 
 if __name__ == "__main__":

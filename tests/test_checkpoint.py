@@ -1,8 +1,7 @@
-"""What is on disk: runs that are killed, files that are damaged, disks that are full; weights and
-their metrics.
-"""
+"""The state of a run on disk: runs that are killed, files that are damaged, disks that are full."""
 
 import contextlib
+import csv
 import errno
 import io
 import itertools
@@ -15,10 +14,10 @@ import re
 import shutil
 import signal
 import time
-from dataclasses import replace
 from multiprocessing.connection import Connection
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -26,36 +25,17 @@ from torch import nn
 import checkpoint
 import train
 import utils
-from checkpoint import (
-    Checkpoint,
-    add_metrics,
-    labels_sha256,
-    load,
-    load_metrics,
-    load_teacher,
-    save,
-    write_file,
-)
+from checkpoint import Checkpoint
 from dataset import CORES, load_dataset, make_loader, train_transform
-from model import NetDilated
-from recipe import Recipe, make_optimizer, make_scheduler, seed_everything
+from recipe import Recipe, make_optimizer, make_scheduler
 from tiny import SHORT, STEPS, Code, Run, Tiny, equal, state
+from utils import Log
 
-PROCESSES = multiprocessing.get_context(
-    "forkserver"
-)  # nothing is shared but what the arguments say
+# nothing is shared but what the arguments say
+PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
     ["albumentations", "matplotlib.pyplot", "torchmetrics.functional.classification"]
 )
-HISTORY = {"train_loss": [2.0, 1.0], "test_accuracy": [21.0, 65.0], "seconds": [3.0, 4.0]}
-METRICS = {
-    "network": "NetDilated",
-    "hardware": "this machine",
-    "test_accuracy": 65.0,
-    "recipe": SHORT.to_json(),
-    "history": HISTORY,
-}
-LABELS = [number % 10 for number in range(2000)]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +67,7 @@ def work(root, folder, workers, pause, die_while_writing):
     run, writes = Run(root, folder, workers), itertools.count(1)
 
     def die(descriptor):
-        if next(writes) == 3:
+        if next(writes) == 4:  # the second was of the log
             os.ftruncate(descriptor, 1000)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -162,7 +142,7 @@ def within_batch(number):
 
 
 def history_in(path):
-    return torch.load(path, weights_only=True)["history"]
+    return torch.load(path, weights_only=True)["log"]
 
 
 def disk_full_after(writes):
@@ -208,7 +188,10 @@ def test_a_second_process_is_refused_until_the_first_one_ends(root, tmp_path, fi
         root, tmp_path, workers=1, pause=60
     ) as process:  # in its first step for long enough
         wait_for(run.path, process)
-        refusal = f"another process is training with {run.path}: wait for it, stop it, or choose another folder"
+        refusal = (
+            f"another process is training with {run.path}: wait for it, stop it, or choose another "
+            "folder"
+        )
         with pytest.raises(RuntimeError, match=f"^{re.escape(refusal)}$"):
             run.fit()
     run.fit()
@@ -356,13 +339,14 @@ def test_a_trained_network_without_its_checkpoint_is_not_trained_again(root, tmp
     """As when the files are removed and only the cell of the loop is run again."""
     run = Run(root, tmp_path)
     optimizer = make_optimizer(run.model, run.recipe)
-    parts = {"model": run.model, "scheduler": make_scheduler(optimizer, run.recipe, STEPS)}
+    scheduler = make_scheduler(optimizer, run.recipe, STEPS)
+    parts = {"model": run.model, "scheduler": scheduler, "log": Log(tmp_path / "log", run.recipe)}
     optimizer.step()
     parts["scheduler"].step()
     with pytest.raises(
         ValueError, match="Tiny.ckpt has no epoch of this run, but the network has begun to train: "
     ):
-        Checkpoint(run.path, run.recipe, run.loaders[0], None, parts).__enter__()
+        Checkpoint(run.path, run.recipe, run.loaders[0], parts).__enter__()
     assert not run.path.exists()
 
 
@@ -389,7 +373,8 @@ def another_layer(run):
         (
             {},
             another_layer,
-            r"layers: +\(0\): Conv2d.*stride=\(2, 2\).* there, +\(0\): Conv2d.*stride=\(1, 1\).* here",
+            r"layers: +\(0\): Conv2d.*stride=\(2, 2\).* there, "
+            r"+\(0\): Conv2d.*stride=\(1, 1\).* here",
         ),
         (
             {"transform": train_transform(0.25)},
@@ -425,8 +410,8 @@ def test_the_weights_of_another_run_are_not_replaced(root, tmp_path, capsys):
         json.dumps({"sha256": "", "history": {}, "recipe": SHORT.to_json()})
     )
     message = (
-        f"{tmp_path} has the weights of another run (max_lr: 0.1 there, 0.2 here), which this one would "
-        "replace: choose another folder, or move Tiny.* away"
+        f"{tmp_path} has the weights of another run (max_lr: 0.1 there, 0.2 here), which this one "
+        "would replace: choose another folder, or move Tiny.* away"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         run.fit()
@@ -434,6 +419,75 @@ def test_the_weights_of_another_run_are_not_replaced(root, tmp_path, capsys):
     assert (
         f"{tmp_path} has the weights of an earlier run of this recipe, which will be replaced\n"
         in capsys.readouterr().out
+    )
+
+
+def test_a_short_run_may_begin_anew_in_the_place_of_another(root, copied, finished, capsys):
+    history = Run(root, copied.parent, epochs=2, restart=True).fit()
+    assert len(history["seconds"]) == 2
+    assert f"{copied} is of another run (epochs: 4 there, 2 here): begun anew\n" in (
+        capsys.readouterr().out
+    )
+    again = Run(root, copied.parent, epochs=2, restart=True)  # the same run is loaded
+    again.model.forward = None
+    again.teacher.forward = None
+    assert again.fit() == history
+
+
+class Drawing(Tiny):
+    """Draws from Python's and NumPy's random generators, as stochastic depth may."""
+
+    def forward(self, x):
+        scale = random.random() + np.random.rand() if self.training else 1
+        return scale * super().forward(x)
+
+
+def test_the_random_generators_of_python_and_numpy_go_on_where_they_were(
+    root, tmp_path, monkeypatch
+):
+    whole, parted, again = (
+        Run(root, tmp_path / folder, teacher=False, build=Drawing)
+        for folder in ("whole", "parted", "parted")
+    )
+    history = whole.fit()
+    before_step(STEPS + 9, training=True)(parted, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        parted.fit()
+    assert again.fit()["train_loss"] == history["train_loss"]
+
+
+def rows_in(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_the_log_is_a_csv_file_that_grows_with_each_epoch_and_is_cut_back(
+    root, tmp_path, finished, monkeypatch
+):
+    """Interrupted between the row and the checkpoint of the third epoch."""
+    seen = []
+
+    def save(checkpoint, save=Checkpoint.save):
+        seen.append(len(rows_in(path)) if path.exists() else 0)
+        if seen[-1] == 3:
+            raise KeyboardInterrupt
+        save(checkpoint)
+
+    path = tmp_path / "Tiny.csv"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Checkpoint, "save", save)
+        Run(root, tmp_path).fit()
+    assert seen == [0, 1, 2, 3]
+    assert Run(root, tmp_path).fit()["train_loss"] == finished.history["train_loss"]
+    rows = rows_in(path)
+    assert [row["epoch"] for row in rows] == ["1", "2", "3", "4"]
+    assert [float(row["test_loss"]) for row in rows] == finished.history["test_loss"]
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(root, tmp_path, finished, capsys):
+    (tmp_path / "Tiny.csv").mkdir()
+    assert Run(root, tmp_path).fit()["train_loss"] == finished.history["train_loss"]
+    assert f"{tmp_path / 'Tiny.csv'} could not be written (Is a directory)" in (
+        capsys.readouterr().out
     )
 
 
@@ -449,7 +503,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_training_goes_on(
 ):
     run = Run(root, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", disk_full_after(3))
+        patch.setattr(os, "fsync", disk_full_after(4))
         run.fit()
     assert (
         capsys.readouterr().out.count(
@@ -508,9 +562,7 @@ def test_a_loss_that_turns_nan_is_one_line_and_the_checkpoint_before_stays(
         monkeypatch.context() as patch,
         pytest.raises(
             FloatingPointError,
-            match=(
-                r"^epoch 3: the training loss is \d\S+ and the test loss nan: try a max_lr below 0.1$"
-            ),
+            match=r"^epoch 3: the training loss is \d\S+ and the test loss nan: try a max_lr below",
         ),
     ):
         patch.setattr(utils, "train", spoil)
@@ -537,108 +589,21 @@ FOREIGN = {
 
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
 def test_a_foreign_file_is_refused_by_name(content, root, tmp_path):
-    for name in ("Tiny.ckpt", "NetDilated.pt"):
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(
-        ValueError, match="^.*Tiny.ckpt is damaged or no checkpoint of this program [^\n]*$"
-    ):
+    (tmp_path / "Tiny.ckpt").write_bytes(content)
+    message = "^.*Tiny.ckpt is damaged or no checkpoint of this program [^\n]*$"
+    with pytest.raises(ValueError, match=message):
         Run(root, tmp_path).fit()
-    with pytest.raises(
-        ValueError, match="^.*NetDilated.pt is damaged or holds another network [^\n]*$"
-    ) as error:
-        load("NetDilated", tmp_path)
-    reason = re.search(r"\((.*)\): train it again", str(error.value))[1]
-    assert re.search("[A-Za-z]{4}", reason) and "\x1b" not in reason and len(reason) <= 200
-    assert {(tmp_path / name).read_bytes() for name in ("Tiny.ckpt", "NetDilated.pt")} == {content}
+    assert (tmp_path / "Tiny.ckpt").read_bytes() == content
 
 
-def test_files_that_would_run_code_are_refused(root, tmp_path):
+def test_a_file_that_would_run_code_is_refused(root, tmp_path):
     trap = tmp_path / "trap"
-    torch.save({"run": {}, "history": {}, "random": Code(trap)}, tmp_path / "Tiny.ckpt")
-    torch.save({"weight": Code(trap)}, tmp_path / "NetDilated.pt")
-    for action in (Run(root, tmp_path).fit, lambda: load("NetDilated", tmp_path)):
-        with pytest.raises(ValueError, match="is damaged or .*[Ww]eights.only"):
-            action()
+    torch.save({"run": {}, "epoch": 0, "random": Code(trap)}, tmp_path / "Tiny.ckpt")
+    with pytest.raises(ValueError, match="is damaged or .*[Ww]eights.only"):
+        Run(root, tmp_path).fit()
     assert not trap.exists()
-    torch.load(tmp_path / "NetDilated.pt", weights_only=False)
+    torch.load(tmp_path / "Tiny.ckpt", weights_only=False)
     assert trap.exists()  # it was a trap
-
-
-# ---------------------------------------------------------------- weights and metrics
-
-
-def test_saved_weights_and_metrics_come_back(tmp_path):
-    seed_everything(0)
-    model = NetDilated()
-    metrics = save(model, METRICS, tmp_path / "new")
-    loaded, loaded_metrics = load("NetDilated", tmp_path / "new")
-    assert equal(state(model), state(loaded)) and not loaded.training
-    assert loaded_metrics == load_metrics("NetDilated", tmp_path / "new") == metrics
-    assert METRICS.items() <= json.loads((tmp_path / "new" / "NetDilated.json").read_text()).items()
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
-        "NetDilated.json",
-        "NetDilated.pt",
-    ]
-
-
-def test_weights_and_metrics_of_different_runs_are_told_apart(tmp_path):
-    for folder in ("one", "other"):
-        save(NetDilated(), METRICS, tmp_path / folder)
-    (tmp_path / "other" / "NetDilated.pt").replace(
-        tmp_path / "one" / "NetDilated.pt"
-    )  # as if killed in between
-    with pytest.raises(
-        ValueError, match="^.*NetDilated.pt is not the file that NetDilated.json tells of: [^\n]*$"
-    ):
-        load("NetDilated", tmp_path / "one")
-
-
-def test_weights_that_are_missing_or_of_another_network_are_named(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match="^.*NetDilated.pt is not there: train NetDilated first[^\n]*$"
-    ):
-        load("NetDilated", tmp_path)
-    torch.save(Tiny().state_dict(), tmp_path / "NetDilated.pt")
-    with pytest.raises(
-        ValueError, match="^.*NetDilated.pt is damaged or holds another network than NetD[^\n]*$"
-    ):
-        load("NetDilated", tmp_path)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"{", b"{}", b"[]", b"\xff"],
-    ids=["empty", "cut off", "an empty dictionary", "a list", "not UTF-8"],
-)
-def test_metrics_that_are_none_are_named(content, tmp_path):
-    save(NetDilated(), METRICS, tmp_path)
-    (tmp_path / "NetDilated.json").write_bytes(content)
-    with pytest.raises(
-        ValueError,
-        match="^.*NetDilated.json holds no metrics [^\n]*: train NetDilated again[^\n]*$",
-    ):
-        load("NetDilated", tmp_path)
-
-
-def test_metrics_that_are_missing_are_named(tmp_path):
-    save(NetDilated(), METRICS, tmp_path)
-    (tmp_path / "NetDilated.json").unlink()
-    with pytest.raises(
-        FileNotFoundError, match="^.*NetDilated.json is not there: train NetDilated again[^\n]*$"
-    ):
-        load("NetDilated", tmp_path)
-
-
-@pytest.mark.parametrize(
-    "arguments, text",
-    [
-        (("NetDilated", None), "^folder is None: choose the path of a folder$"),
-        (([], "weights"), r"^network \[\] is unknown: choose one of NetDilated"),
-    ],
-)
-def test_arguments_of_load_that_are_none_are_named(arguments, text):
-    with pytest.raises(ValueError, match=text):
-        load(*arguments)
 
 
 @pytest.mark.parametrize("path", ["", ".", None])
@@ -647,78 +612,4 @@ def test_the_path_of_a_checkpoint_that_is_no_file_is_named(path):
     with pytest.raises(
         ValueError, match=f"^path of the checkpoint is {path!r}: choose the path of a file$"
     ):
-        Checkpoint(path, Recipe(), loader, None, {"model": Tiny()})
-
-
-def test_a_run_saved_again_keeps_its_metrics_unless_a_file_is_harmed(tmp_path):
-    model, again = NetDilated(), {**METRICS, "hardware": "another machine"}
-    metrics = save(model, METRICS, tmp_path)
-    metrics = add_metrics(metrics, tmp_path, temperature=1.5)
-    assert metrics["temperature"] == 1.5 and METRICS.items() <= metrics.items()
-    assert save(model, again, tmp_path) == load("NetDilated", tmp_path)[1] == metrics
-    for name, content in (
-        ("NetDilated.pt", b"damaged"),
-        ("NetDilated.json", b"{"),
-        ("NetDilated.json", b"{}"),
-    ):
-        save(model, METRICS, tmp_path)
-        (tmp_path / name).write_bytes(content)
-        assert save(model, again, tmp_path)["hardware"] == "another machine"
-        assert equal(state(model), state(load("NetDilated", tmp_path)[0]))
-    other = {**METRICS, "history": {**HISTORY, "seconds": [3.0, 5.0]}}
-    assert save(model, other, tmp_path)["history"] == other["history"]
-
-
-def test_weights_that_cannot_be_read_are_not_taken_for_damaged_ones(tmp_path, monkeypatch):
-    save(NetDilated(), METRICS, tmp_path)
-    monkeypatch.setattr(checkpoint.torch, "load", lambda path, **options: open_nothing(path))
-    with pytest.raises(PermissionError, match="NetDilated.pt"):
-        load("NetDilated", tmp_path)
-
-
-def test_a_teacher_is_one_of_the_same_data(tmp_path):
-    model = NetDilated()
-    save(model, METRICS, tmp_path)
-    recipe = replace(SHORT, teacher=str(tmp_path))
-    teacher = load_teacher(recipe, LABELS)
-    assert equal(state(teacher), state(model)) and not teacher.training
-    with pytest.raises(
-        ValueError,
-        match=f"^teacher is {str(tmp_path)!r}: choose None, or the folder of one trained on "
-        "CIFAR-10, not on sample$",
-    ):
-        load_teacher(replace(recipe, data="CIFAR-10"), LABELS)
-
-
-def test_a_teacher_has_not_seen_what_its_student_holds_out(tmp_path):
-    metrics = {**METRICS, "recipe": {**METRICS["recipe"], "validation_size": 500}}
-    save(NetDilated(), {**metrics, "labels_sha256": labels_sha256(LABELS[:1500])}, tmp_path)
-    recipe = replace(SHORT, teacher=str(tmp_path), validation_size=500)
-    load_teacher(recipe, LABELS[:1500])
-    load_teacher(replace(recipe, validation_size=400), LABELS[:1600])
-    load_teacher(replace(recipe, validation_size=0), LABELS[::-1])
-    with pytest.raises(
-        ValueError,
-        match="choose None, or the folder of one that held out 501 training images, as the "
-        "student does, not 500$",
-    ):
-        load_teacher(replace(recipe, validation_size=501), LABELS[:1499])
-    with pytest.raises(ValueError, match="this one may have seen those that are held out"):
-        load_teacher(recipe, LABELS[500:][::-1])
-
-
-def test_nothing_is_overwritten_before_its_replacement_is_complete(tmp_path, monkeypatch):
-    path = tmp_path / "figure.png"
-    path.write_bytes(b"old")
-
-    def fail(descriptor):
-        assert (tmp_path / "figure.png.new").read_bytes() == b"new" and path.read_bytes() == b"old"
-        raise OSError(errno.ENOSPC, "disk full")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full: '.*figure.png'"):
-        write_file(path, b"new")
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-    monkeypatch.undo()
-    write_file(path, b"new", keep=tmp_path / "kept.png")
-    assert path.read_bytes() == b"new" and (tmp_path / "kept.png").read_bytes() == b"old"
+        Checkpoint(path, Recipe(), loader, {"model": Tiny()})

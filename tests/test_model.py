@@ -1,29 +1,34 @@
-"""The networks: their sizes, their shapes, what their positions can see, and the fast depthwise
-convolution.
-"""
+"""The networks: their sizes and shapes, their symmetry, and the fast depthwise convolution."""
 
 import inspect
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checker.layout import convolution_units
-from checker.operations import count_macs, count_parameters, receptive_field, trace, whole_pixels
+from checker.layout import convolution_units, receptive_fields
+from checker.operations import receptive_field, trace
 from model import (
-    NETWORKS,
     MirrorBatchNorm2d,
     MirrorConv2d,
-    MirrorDepthwise,
+    MirrorDepthwiseConv2d,
     MirrorMean,
-    build_network,
-    conv,
+    NetDilated,
+    Network,
     depthwise_conv2d,
     separable,
     standard,
 )
+from published import NETWORKS, conv, find_network
+from utils import count_macs, count_parameters
+
+HERE = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -33,22 +38,22 @@ from model import (
 def test_published_networks_have_the_published_parameters_and_multiply_accumulates(
     name, parameters, macs
 ):
-    network = build_network(name)
+    network = NETWORKS[name]()
     assert count_parameters(network) == parameters
     assert count_macs(network) / 1e6 == pytest.approx(macs, abs=0.06)
 
 
 def test_ours_has_no_more_parameters_than_the_published_one_of_that_name():
-    assert count_parameters(build_network("NetDilated")) <= 195_508
+    assert count_parameters(NetDilated()) <= 195_508
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_each_image_gets_one_logit_for_each_class(name):
-    assert build_network(name, 7)(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    assert NETWORKS[name](7)(torch.randn(2, 3, 32, 32)).shape == (2, 7)
 
 
 def test_ours_is_four_blocks_of_three_convolutions_each_of_which_halves_the_map_at_any_image_size():
-    network = build_network("NetDilated")
+    network = NetDilated()
     for size in (32, 48):
         x = network.upsample(torch.randn(1, 3, size, size))
         assert x.shape[-1] == 2 * size
@@ -70,7 +75,7 @@ def test_a_standard_convolution_keeps_the_size_of_the_map_unless_it_has_a_stride
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_receptive_field_is_what_the_gradients_reach(name):
     torch.manual_seed(0)
-    network = build_network(name).double().eval()
+    network = NETWORKS[name]().double().eval()
     rows, columns = torch.zeros(128, dtype=bool), torch.zeros(128, dtype=bool)
     for _ in range(3):  # a ReLU hides a path in one image, hardly in three
         image = torch.randn(1, 3, 128, 128, dtype=torch.float64, requires_grad=True)
@@ -88,10 +93,11 @@ def test_the_comment_beside_each_layer_tells_its_shape_and_receptive_field(name)
     comments = re.findall(
         r"# (\d+) x (\d+) x (\d+), +([\d.]+)$", inspect.getsource(NETWORKS[name]), re.MULTILINE
     )
-    last = [unit[-1] for unit in convolution_units(trace(build_network(name)))]
+    network = NETWORKS[name]()
+    last = [unit[-1] for unit in convolution_units(trace(network))]
     measured = [
-        (each.channels[1], each.size[1], each.size[1], whole_pixels(each.receptive_field))
-        for each in last
+        (each.channels[1], each.size[1], each.size[1], int(side))
+        for each, side in zip(last, receptive_fields(network), strict=True)
     ]
     assert [tuple(map(float, comment)) for comment in comments] == measured
 
@@ -157,9 +163,9 @@ def randomise(module):
         MirrorConv2d(6, 8),
         MirrorConv2d(6, 8, 1),
         MirrorConv2d(6, 8, 4, stride=2),
-        MirrorDepthwise(6),
-        MirrorDepthwise(6, 4, stride=2),
-        MirrorDepthwise(6, dilation=2),
+        MirrorDepthwiseConv2d(6),
+        MirrorDepthwiseConv2d(6, 4, stride=2),
+        MirrorDepthwiseConv2d(6, dilation=2),
         MirrorBatchNorm2d(6),
         standard(6, 6),
         separable(6, 8, 4, stride=2),
@@ -171,6 +177,23 @@ def test_each_layer_is_flip_equivariant(layer):
     torch.testing.assert_close(
         randomise(layer)(swap(x).flip(3)), swap(layer(x)).flip(3), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("make", [MirrorConv2d, MirrorDepthwiseConv2d])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel_size", [1, 2, 3, 4, 5, 6])
+def test_a_layer_is_equivariant_where_its_kernel_ends_at_both_borders_alike(
+    kernel_size, stride, make
+):
+    """Where (W + 2 padding - k) is divisible by the stride, and nowhere else."""
+    settings = {"kernel_size": kernel_size, "stride": stride}
+    layer = make(6, **settings) if make is MirrorDepthwiseConv2d else make(6, 6, **settings)
+    padding = (kernel_size - 1) // 2
+    for width in range(8, 12):
+        x = torch.randn(2, 6, 8, width)
+        mirrored, expected = layer(swap(x).flip(3)), swap(layer(x)).flip(3)
+        equivariant = torch.allclose(mirrored, expected, rtol=1e-4, atol=1e-5)
+        assert equivariant is ((width + 2 * padding - kernel_size) % stride == 0)
 
 
 @pytest.mark.parametrize("kernel_size, stride", [(3, 1), (4, 2)])
@@ -192,7 +215,7 @@ def test_the_mean_of_the_pairs_is_the_same_for_exchanged_halves():
     "layer, plain",
     [
         (MirrorConv2d(6, 8), nn.Conv2d(6, 8, 3, bias=False)),
-        (MirrorDepthwise(6), nn.Conv2d(6, 6, 3, groups=6, bias=False)),
+        (MirrorDepthwiseConv2d(6), nn.Conv2d(6, 6, 3, groups=6, bias=False)),
         (MirrorConv2d(6, 8, 4, stride=2), nn.Conv2d(6, 8, 4, bias=False)),
         (MirrorBatchNorm2d(6), nn.BatchNorm2d(6)),
     ],
@@ -206,7 +229,7 @@ def test_a_mirrored_layer_has_half_the_parameters_of_a_plain_one(layer, plain):
     [
         lambda: MirrorConv2d(5, 8),
         lambda: MirrorConv2d(6, 7),
-        lambda: MirrorDepthwise(5),
+        lambda: MirrorDepthwiseConv2d(5),
         lambda: MirrorBatchNorm2d(7),
     ],
 )
@@ -232,22 +255,61 @@ def test_logits_of_an_image_and_of_its_mirror_image_agree_to_rounding(size):
     """In fp64, where rounding is small, and at sizes that stay even through all blocks."""
     torch.manual_seed(0)
     network, images = (
-        build_network("NetDilated").double(),
+        NetDilated().double(),
         torch.randn(8, 3, size, size, dtype=torch.float64),
     )
     for module in network.modules():
         if isinstance(module, MirrorBatchNorm2d):
-            module.momentum = (
-                1  # the running statistics are those of this batch, which differ within a pair
-            )
+            module.momentum = 1  # the statistics of this batch, which differ within a pair
     network(images)
     logits = network.eval()(images)
     assert logits.std(0).min() > 0.01
     torch.testing.assert_close(network(images.flip(3)), logits, rtol=1e-9, atol=1e-9)
 
 
-def test_an_unknown_network_is_named_with_the_known_ones():
-    with pytest.raises(
-        ValueError, match="'ResNet' is unknown: choose one of NetDilated, PublishedDilated"
-    ):
-        build_network("ResNet")
+def test_upsampling_by_less_than_one_is_refused():
+    with pytest.raises(ValueError, match="^upsample is 0.5: choose a factor of 1 or more$"):
+        Network([], [], [], [], [], upsample=0.5)
+
+
+def test_the_network_is_one_file_that_needs_torch_alone(tmp_path):
+    """A copy of model.py and one file of weights, in an empty folder."""
+    for name in ("model.py", "weights/NetDilated.pt"):
+        shutil.copy(HERE / name, tmp_path)
+    code = """
+import sys
+import torch
+before = set(sys.modules)
+from model import NetDilated
+network = NetDilated()
+network.load_state_dict(torch.load("NetDilated.pt", weights_only=True))
+print(tuple(network.eval()(torch.zeros(1, 3, 32, 32)).shape))
+others = {name.split(".")[0] for name in set(sys.modules) - before}
+print(others & {"torchvision", "albumentations", "cv2", "matplotlib", "PIL", "dataset", "checks"})
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (run.stdout, run.returncode) == ("(1, 10)\nset()\n", 0), run.stderr
+
+
+# ---------------------------------------------------------------- networks by name
+
+
+def test_a_network_is_found_by_its_name_or_in_a_file(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from layers import Mine\n")
+    (tmp_path / "layers.py").write_text("from torch import nn\nclass Mine(nn.Identity): pass\n")
+    assert find_network("NetDilated") is NetDilated
+    assert find_network(f"{file}:Mine").__name__ == "Mine"
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("ResNet", "^network is 'ResNet': choose one of NetDilated, .*, or FILE.py:CLASS$"),
+        ("nowhere.py:Net", "^network is 'nowhere.py:Net': choose one of NetDilated"),
+        (f"{__file__}:Nothing", "has no Nothing; choose one of NetDilated"),
+    ],
+)
+def test_an_unknown_network_is_named_with_the_known_ones(name, message):
+    with pytest.raises(ValueError, match=message):
+        find_network(name)

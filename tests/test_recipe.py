@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dataset import CORES
-from model import MirrorConv2d, NetDilated, build_network, conv
+from model import MirrorConv2d, NetDilated
+from published import NETWORKS, conv
 from recipe import (
     Recipe,
     make_optimizer,
@@ -192,7 +193,7 @@ def test_weights_decay_but_not_norms_and_biases():
 
 @pytest.mark.parametrize("name", ["NetDilated", "PublishedDilated"])
 def test_muon_has_each_parameter_once_and_makes_the_updates_of_hidden_convolutions_orthogonal(name):
-    model = build_network(name)
+    model = NETWORKS[name]()
     groups = make_optimizer(model, Recipe(optimizer="Muon", weight_decay=0.01)).param_groups
     assert sorted(id(each) for group in groups for each in group["params"]) == sorted(
         map(id, model.parameters())

@@ -10,7 +10,7 @@ from torch import nn
 
 import train
 from dataset import load_dataset, make_loader
-from model import conv
+from published import conv
 from recipe import Recipe, seed_everything
 
 SHORT = Recipe(data="sample", epochs=4, batch_size=20, max_lr=0.1, sizes=(16, 32), num_workers=0)
@@ -40,9 +40,7 @@ class Tiny(nn.Module):
 
 
 class Run:
-    """A short run on 300 images, on one thread, with a teacher: everything that has a state is in
-    it.
-    """
+    """A short run on 300 images, on one thread, with a teacher, and with all that has a state."""
 
     def __init__(
         self,
@@ -51,6 +49,8 @@ class Run:
         workers: int = 0,
         teacher: bool = True,
         transform=None,
+        build=Tiny,
+        restart: bool = False,
         **changes,
     ):
         self.recipe = replace(SHORT, folder=str(folder), **changes)
@@ -63,14 +63,14 @@ class Run:
         seed_everything(1)
         self.teacher = Tiny().eval() if teacher else None
         seed_everything(self.recipe.seed)
-        self.model = Tiny()
+        self.model, self.restart = build(), restart
 
     def fit(self) -> dict[str, list[float]]:
         """Train to the end, and return the history."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return train.fit(self.model, self.recipe, *self.loaders, self.teacher)
+            return train.fit(self.model, self.recipe, *self.loaders, self.teacher, self.restart)
         finally:
             torch.set_num_threads(threads)
 

@@ -1,0 +1,125 @@
+"""Test saved weights: `python evaluate.py weights/teacher --corruptions`."""
+
+import argparse
+import sys
+
+from torch import nn
+
+import utils
+from checks import one_of, require
+from dataset import CIFAR10, DATASETS, load_dataset, make_loader
+from device import keep_freed_memory, pick_device, to_device
+from pretrained import WEIGHTS, add_metrics, load, load_metrics
+from published import find_network
+from recipe import Recipe
+
+
+def evaluate(
+    model: nn.Module, dataset: CIFAR10, temperature: float = 1.0, corruptions: bool = False
+) -> dict:
+    """Measure a network on the images of a data set, and return what `evaluate.py --save` saves.
+
+    Args:
+        model: a network from (N, 3, 32, 32) normalised images to (N, 10) logits.
+        dataset: the test images.
+        temperature: what the logits are divided by for the second calibration error.
+        corruptions: whether to measure the accuracy under corruptions, too.
+
+    Returns:
+        loss, accuracies and calibration errors (in percent), and the mistakes on the sample.
+    """
+    logits, labels = utils.predict(model, make_loader(dataset, min(500, len(dataset))))
+    loss, accuracy = utils.loss_and_accuracy(logits, labels)
+    results = {
+        "test_loss": loss,
+        "test_accuracy": accuracy,
+        "accuracy_by_class": utils.accuracy_by_class(dataset, logits),
+        "temperature": temperature,
+        "calibration_error": utils.calibration_error(dataset, logits),
+        "calibration_error_scaled": utils.calibration_error(dataset, logits / temperature),
+        "sample_mistakes": utils.sample_mistakes(model),
+    }
+    if corruptions:
+        results["accuracy_under_corruptions"] = utils.accuracy_under_corruptions(
+            model, dataset, images=len(dataset) // 5
+        )
+    return results
+
+
+def temperature_of(metrics: dict) -> float:
+    """Return the temperature that calibrates a network, given its metrics; 1 if none is known.
+
+    A run that held out images has its own. That of the headline recipe comes from the committed run
+    that held out some.
+    """
+    recipe = Recipe(**metrics["recipe"])
+    if recipe == Recipe(seed=recipe.seed, network=recipe.network):
+        return load_metrics(recipe.network, WEIGHTS / "held-out")["temperature"]
+    return metrics.get("temperature", 1.0)
+
+
+def report(results: dict, title: str) -> str:
+    """Return the result of `evaluate` as lines for a person."""
+    lines = [f"{title}: {results['test_accuracy']:.2f} %, loss {results['test_loss']:.4f}"]
+    for name, accuracy in results["accuracy_by_class"].items():
+        lines.append(f"    {name:12}{accuracy:6.1f} %")
+    lines.append(
+        f"expected calibration error {results['calibration_error']:.1f} %, at temperature "
+        f"{results['temperature']:.3g} {results['calibration_error_scaled']:.1f} %"
+    )
+    corrupted = results.get("accuracy_under_corruptions", {})
+    for name, (_, *severities) in corrupted.items():
+        values = " ".join(f"{value:5.1f}" for value in severities)
+        lines.append(f"    {name:12}{values} %, at severity 1 to {len(severities)}")
+    if corrupted:
+        mean = utils.mean_accuracy_under_corruptions(corrupted)
+        lines.append(f"under corruptions {mean:.1f} % on average, over the first fifth")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Evaluate the weights that the arguments name."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "folder", nargs="?", default=WEIGHTS, help="of the weights and metrics (default weights)"
+    )
+    parser.add_argument(
+        "--network", default="NetDilated", help="a name of published.py, or FILE.py:CLASS"
+    )
+    parser.add_argument("--data", default="CIFAR-10", help=f"one of {', '.join(DATASETS)}")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    parser.add_argument(
+        "--corruptions", action="store_true", help="under corruptions, too: 25 times a fifth of it"
+    )
+    parser.add_argument(
+        "--save", action="store_true", help="add the results to the metrics beside the weights"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        require(
+            "data", options.data, f"one of {', '.join(DATASETS)}", one_of(DATASETS)(options.data)
+        )
+        if options.save and options.data != "CIFAR-10":
+            raise ValueError("only results on CIFAR-10 are saved: leave out --save or --data")
+        keep_freed_memory()
+        model, metrics = load(find_network(options.network), options.folder)
+        to_device(model, pick_device(options.device))
+        dataset = load_dataset("test", options.data)
+        results = evaluate(model, dataset, temperature_of(metrics), options.corruptions)
+        print(report(results, f"{metrics['network']} on {dataset.title}"))
+        if options.save:  # loss and accuracy stay as the run itself measured them
+            add_metrics({**results, **metrics}, options.folder, **_new(results, metrics))
+            print(f"saved in {options.folder}/{metrics['network']}.json")
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"evaluate.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _new(results, metrics):
+    """Return the results without those that the run itself measured."""
+    return {name: value for name, value in results.items() if name not in metrics["history"]}
+
+
+if __name__ == "__main__":
+    main()
