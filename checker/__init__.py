@@ -1,3 +1,1 @@
-"""How `rules.py` measures a network: its operations, its blocks, and a folder of answers one by
-one.
-"""
+"""The rules of the assignment, measured on any network: a program of its own, `python checker`."""

@@ -1,7 +1,6 @@
 """What a network does to an image, operation by operation, whatever its modules are called.
 
-`trace` lists the operations; `receptive_field`, `count_macs` and `count_parameters` are single
-figures.
+`trace` lists the operations; `receptive_field` is a single figure.
 """
 
 import contextlib
@@ -11,23 +10,20 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from checker.tracer import End, Operation, Tracer
+from .tracer import Operation, Tracer
 
 
 class Run(NamedTuple):
-    """One run of a network: its operations in order, what it returned, and the parameters that it
-    did not use.
-    """
+    """One run of a network."""
 
-    operations: list[Operation]
-    result: object
-    unused: dict[str, int]  # the number of parameters of each module that has such
+    operations: list[Operation]  # in order
+    result: object  # what the network returned
+    unused: dict[str, int]  # the number of parameters of each module that has unused ones
 
 
 def trace(model: nn.Module, shape: tuple[int, ...] = (3, 32, 32)) -> list[Operation]:
-    """Run the network on images of that shape and return its `Operation`s in order.
+    """Run the network on (C, H, W) images of that shape and return its `Operation`s in order.
 
     With every tensor goes the square of pixels that each of its elements can see. Slices and
     permutations move these squares as they move the elements. A window adds (kernel - 1) * dilation
@@ -54,22 +50,20 @@ def run_traced(model: nn.Module, images: torch.Tensor) -> Run:
 
 
 def _run(model, images, as_it_is=False):
-    with torch.no_grad(), _evaluated(model, as_it_is), Tracer(model) as tracer:
+    with torch.no_grad(), evaluated(model, as_it_is), Tracer(model) as tracer:
         tracer.follow(images)
         result, unused = model(images), {}
         for name, parameter in model.named_parameters():
-            if (
-                not nn.parameter.is_lazy(parameter)
-                and parameter.untyped_storage().data_ptr() not in tracer.memory
-            ):
+            if nn.parameter.is_lazy(parameter):
+                continue
+            if parameter.untyped_storage().data_ptr() not in tracer.memory:
                 module = name.rpartition(".")[0] or name
                 unused[module] = unused.get(module, 0) + parameter.numel()
         return Run(tracer.operations, result, unused)
 
 
 def receptive_field(model: nn.Module) -> int | float:
-    """Return the theoretical receptive field, in whole pixels, of one position before the global
-    pooling.
+    """Return the receptive field, in whole pixels, of one position before the global pooling.
 
     It is infinite if a position sees the whole image at any size, as after self-attention. What is
     pooled from a map only to weigh it, as in squeeze-and-excitation, does not count.
@@ -78,75 +72,33 @@ def receptive_field(model: nn.Module) -> int | float:
 
 
 def whole_pixels(field: float) -> int | float:
-    """Return a receptive field in the pixels that it really reaches: half a pixel of an upsampled
-    image is none.
+    """Return a receptive field in the pixels that it really reaches.
+
+    Half a pixel of an upsampled image is none.
     """
     return field if math.isinf(field) else int(field + 1e-3)
 
 
 def field_before(operations: list[Operation]) -> float:
-    """Return the receptive field, in pixels, at the end of the map: before the global pooling or
-    what stands for it.
+    """Return the receptive field at the end of the map, in pixels.
+
+    The end is before the global pooling, or before what stands for it.
     """
-    last = max(
-        (
-            place
-            for place, each in enumerate(operations)
-            if each.kind in ("convolution", "pooling", "attention")
-        ),
-        default=-1,
-    )
+    looking = ("convolution", "pooling", "attention")
+    last = max((place for place, each in enumerate(operations) if each.kind in looking), default=-1)
     if last >= 0 and operations[last].kind == "pooling" and operations[last].size[1] == 1:
-        return operations[last].receptive_field  # what pools only a part, but leaves one position
-    ends = [
-        each
-        for each in operations[last + 1 :]
-        if each.kind == "fully connected" or "global" in each.kind
-    ]
-    return ends[0].receptive_field if ends else operations[last].receptive_field if last >= 0 else 1
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of trainable parameters."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def count_macs(model: nn.Module, shape: tuple[int, ...] = (3, 32, 32)) -> int:
-    """Return the multiply-accumulates of the convolutions and linear layers for one image of that
-    shape.
-    """
-    with torch.no_grad(), _evaluated(model), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *shape))
-    return counter.get_total_flops() // 2
-
-
-def gradients_of_the_middle(
-    model: nn.Module, images: torch.Tensor, places: list[int]
-) -> torch.Tensor:
-    """Return how much each pixel of (N, 3, H, W) images weighs in the middle of some feature maps.
-
-    The maps are those before the operations at these places of `trace`. The result is (len(places),
-    H, W): the magnitudes of the gradient, summed over channels and images.
-    """
-    totals = torch.zeros(len(places), *images.shape[2:])
-    with torch.enable_grad(), _evaluated(model):
-        for image in images.split(1):
-            image = image.requires_grad_()
-            with Tracer(model, max(places)) as tracer, contextlib.suppress(End):
-                tracer.follow(image)
-                model(image)
-            maps = [*tracer.maps, tracer.last]  # the last one is that after all operations
-            for total, place in zip(totals, places, strict=True):
-                height, width = maps[place].shape[2:]
-                middle = maps[place][..., height // 2, width // 2].sum()
-                total += torch.autograd.grad(middle, image, retain_graph=True)[0].abs().sum((0, 1))
-    return totals
+        return operations[last].receptive_field  # it pools only a part, but leaves one position
+    for operation in operations[last + 1 :]:
+        if operation.kind == "fully connected" or "global" in operation.kind:
+            return operation.receptive_field
+    return operations[last].receptive_field if last >= 0 else 1
 
 
 @contextlib.contextmanager
-def _evaluated(model: nn.Module, as_it_is: bool = False) -> Iterator[None]:
-    """Keep the model in evaluation mode, in float32 on the CPU unless `as_it_is`, and leave its
-    state as it was.
+def evaluated(model: nn.Module, as_it_is: bool = False) -> Iterator[None]:
+    """Keep the model in evaluation mode, in float32 on the CPU unless `as_it_is`.
+
+    Its state is afterwards as it was before.
     """
     modes = [(module, module.training) for module in model.modules()]
     tensors = [
@@ -158,9 +110,8 @@ def _evaluated(model: nn.Module, as_it_is: bool = False) -> Iterator[None]:
     try:
         for tensor, value in zip(tensors, values, strict=True):
             tensor.data = value.float().cpu()
-        torch.backends.mha.set_fastpath_enabled(
-            False
-        )  # one call that hides all operations of an encoder layer
+        # the fast path is one call that hides all operations of an encoder layer
+        torch.backends.mha.set_fastpath_enabled(False)
         model.eval()
         yield
     finally:

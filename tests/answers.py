@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.utils import weight_norm
 from torch.utils.checkpoint import checkpoint
 
+from checker.rules import check_rules
+
 C, S = nn.Conv2d, nn.Sequential
 RULES = {
     "four": "four blocks",
@@ -27,6 +29,18 @@ RULES = {
     "size": "fewer than",
 }
 ANSWERS = {}
+BLOCKS = [RULES[key] for key in ("four", "three", "stride")]
+VERDICTS = {"holds": True, "BROKEN": False, "undecided": None}
+GAP = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+TINY = S(C(3, 10, 3, 1, 1), *GAP)
+
+
+def table(network, transform=None):
+    """Return {rule, without its limit: (what was measured, whether it holds)}."""
+    return {
+        rule.split(" above")[0].split(" 200")[0]: (measured, VERDICTS[verdict])
+        for rule, measured, verdict in check_rules(network, transform)
+    }
 
 
 def answer(**rows):
@@ -410,7 +424,7 @@ class ByHand(nn.Module):
         return self.head(x)
 
 
-# ---------------------------------------------------------------- the bonus: dilated instead of strided
+# ------------------------------------------------------------ the bonus: dilated, not strided
 
 
 def dilated_block(a, b, dilation, last=None):
@@ -1126,7 +1140,7 @@ def with_endings(endings):
 @answer(
     four=holds("4, told by their dilations"),
     field=holds("59"),
-    stride="1 1 2 | 1 1 d2 | 1 1 2 | 1 1 1 (d: dilated instead of strided, the bonus): C4 ends with 3.2.0",
+    stride="1 1 2 | 1 1 d2 | 1 1 2 | 1 1 1 (d: dilated instead of strided, the bonus): C4 ends",
 )
 def bonus_that_fails_at_the_end():
     """Stride 2, dilation 2, stride 2, neither. Jumps 1, 2, 2, 4: 1 + 2 * 3 * 9 + 2 * 2 = 59."""
@@ -1150,7 +1164,7 @@ def dilated_throughout():
     three="4 4 4 3: C1 has 4 convolutions: ",
     field="27",
     pair="0",
-    stride="1 1 d2 1 | 1 1 1 1 | 1 1 1 1 | 1 1 1 (d: dilated instead of strided, the bonus): C1 ends with",
+    stride="1 1 d2 1 | 1 1 1 1 | 1 1 1 1 | 1 1 1 (d: dilated instead of strided, the bonus): C1",
 )
 def transitions():
     """Blocks of three with a 1x1 convolution between them: 1 + 2 * 12 + 2 for the dilation = 27."""
@@ -1292,3 +1306,80 @@ def padded_by_other_means():
     11.
     """
     return S(unit(3, 8, 2), unit(8, 8, mode="replicate"), unit(8, 8, mode="reflect"), head(8))
+
+
+# ---------------------------------------------------------------- for several test files
+
+
+class PlainSequential(nn.Module):
+    """Everything in one list, average pooling of a fixed size, `view` before the linear layer.
+    Keeps all rules.
+    """
+
+    def __init__(self):
+        super().__init__()
+        layers, channels = [], 3
+        for width in (16, 24, 32, 48):
+            for stride, dilation in ((1, 1), (1, 2), (2, 1)):
+                layers += [
+                    nn.Conv2d(
+                        channels,
+                        channels,
+                        3,
+                        stride,
+                        dilation,
+                        dilation,
+                        groups=channels,
+                        bias=False,
+                    ),
+                    nn.Conv2d(channels, width, 1),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(inplace=True),
+                    nn.Dropout(0.05),
+                ]
+                channels = width
+        self.features, self.gap, self.fc = (
+            nn.Sequential(*layers),
+            nn.AvgPool2d(2),
+            nn.Linear(48, 10),
+        )
+
+    def forward(self, x):
+        x = self.gap(self.features(x))
+        return F.log_softmax(self.fc(x.view(x.size(0), -1)), dim=-1)
+
+
+def pair(a, b, kernel=3, stride=1, dilation=1):
+    """Pointwise, then depthwise."""
+    layers = S(C(a, b, 1, bias=False))
+    layers.append(C(b, b, kernel, stride, dilation * ((kernel - 1) // 2), dilation, b, bias=False))
+    return layers
+
+
+class Narrow(nn.Module):
+    """Images upsampled twofold, blocks C1 to C4 of three separable convolutions, a linear layer.
+
+    It has the layout of our network with few channels, and keeps every rule.
+    """
+
+    def __init__(self):
+        super().__init__()
+
+        def block(a, dilation=1):
+            pairs = pair(a, 8), pair(8, 8, 3, 1, dilation), pair(8, 8, 3, 2)
+            return S(*(S(each, nn.BatchNorm2d(8), nn.SiLU()) for each in pairs))
+
+        self.upsample = nn.Upsample(scale_factor=2, mode="bilinear")
+        self.C1, self.C2, self.C3, self.C4 = block(3), block(8), block(8, 2), block(8)
+        self.O = S(*GAP, nn.Linear(8, 10))
+
+    def forward(self, x):
+        return self.O(self.C4(self.C3(self.C2(self.C1(self.upsample(x))))))
+
+
+def narrow(change=None):
+    """Return a `Narrow` network after a change."""
+    model = Narrow()
+    if change:
+        change(model)
+    return model

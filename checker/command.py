@@ -1,6 +1,4 @@
-"""`python rules.py answers/*.py`: the rules on a folder of answers, each file in a process of its
-own.
-"""
+"""`python checker answers/*.py`: the rules on a folder of answers, each in a process of its own."""
 
 import argparse
 import contextlib
@@ -20,12 +18,11 @@ from pathlib import Path
 
 from torch import nn
 
-import rules
-from checker.tables import text_table
-from checkpoint import one_line
-from dataset import CORES
-from rules import HOLDS, Row, check_rules
+from .rows import HOLDS, Row, one_line
+from .rules import check_rules
+from .tables import text_table
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 CHECK_ONE = "--check-one"  # the argument that marks a process of `check_file`
 
 
@@ -34,10 +31,11 @@ def main(arguments: list[str] | None = None) -> None:
     if sys.argv[1:2] == [CHECK_ONE]:
         return _check_one(*sys.argv[2:])
     parser = argparse.ArgumentParser(
-        description="Check the assignment's rules on the networks in Python files, and print a table.",
-        epilog="The files are executed, each in a process of its own: do not run it on files that you do not trust. "
-        "Of each file, the network is Net, or else the nn.Module class that keeps the most rules, of those that can be "
-        "built without arguments.",
+        prog="python checker",
+        description="Check the assignment's rules on the networks in Python files: one table.",
+        epilog="The files are executed, each in a process of its own: do not run it on files that "
+        "you do not trust. Of each file, the network is Net, or else the nn.Module class that "
+        "keeps the most rules, of those that can be built without arguments.",
     )
     parser.add_argument(
         "files", nargs="+", metavar="FILE", help="a Python file with a network; it is executed"
@@ -69,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
                     _answer_lines(answers, lambda row: f"{row.verdict}: {row.measured}")
                 )
         except OSError as error:
-            sys.exit(f"rules.py: {options.csv} could not be written ({error.strerror})")
+            sys.exit(f"checker: {options.csv} could not be written ({error.strerror})")
 
 
 def check_file(file: str, timeout: float = 60) -> tuple[str, list[Row]] | str:
@@ -81,7 +79,7 @@ def check_file(file: str, timeout: float = 60) -> tuple[str, list[Row]] | str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.json")
         process = subprocess.Popen(
-            [sys.executable, rules.__file__, CHECK_ONE, str(Path(file).resolve()), str(path)],
+            [sys.executable, Path(__file__).parent, CHECK_ONE, Path(file).resolve(), path],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -128,11 +126,6 @@ def _import(file):
         raise ValueError(
             "this is no Python file (of a notebook, `jupyter nbconvert --to script` makes one)"
         )
-    ours = {"checker", "checkpoint", "checks", "dataset", "device", "model", "recipe", "rules"}
-    for name in [
-        name for name in sys.modules if name.split(".")[0] in ours
-    ]:  # its neighbours may have these names
-        del sys.modules[name]
     name = file.parent.name
     if (
         name in sys.modules or (file.parent / f"{name}.py").exists()
@@ -140,7 +133,7 @@ def _import(file):
         name = f"folder_{name}"
     package = sys.modules[name] = types.ModuleType(name)
     package.__path__ = [str(file.parent)]
-    sys.path[0] = str(file.parent)
+    sys.path.insert(0, str(file.parent))
     spec = importlib.util.spec_from_file_location(f"{name}.{file.stem}", file)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
