@@ -103,8 +103,8 @@ class Checkpoint:
             if kind is KeyboardInterrupt and self._files():
                 self._restore()
                 print(
-                    f"interrupted: {self.parts['log'].epochs_done()} epochs are kept in "
-                    f"{self.path}, run again to go on",
+                    f"interrupted: {self.path} keeps {self.parts['log'].epochs_done()} of "
+                    f"{self.recipe.epochs} epochs, run again to go on",
                     flush=True,
                 )
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrained import save
 from model import NetDilated
+from pretrained import save
 from recipe import Recipe
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="s9-")

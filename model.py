@@ -87,9 +87,10 @@ class MirrorDepthwiseConv2d(nn.Module):
 class MirrorSeparableConv2d(nn.Module):
     """A separable convolution of mirrored pairs.
 
-    (N, in_channels, H, W) to (N, out_channels, H', W'). It is pointwise (1x1) first, then depthwise: a blueprint separable convolution (BSConv-U). Haase
-    and Amthor, Rethinking depthwise separable convolutions, https://arxiv.org/abs/2003.13549. A
-    ValueError says that a number of channels is odd.
+    (N, in_channels, H, W) to (N, out_channels, H', W'). It is pointwise (1x1) first, then
+    depthwise: a blueprint separable convolution (BSConv-U). Haase and Amthor, Rethinking depthwise
+    separable convolutions, https://arxiv.org/abs/2003.13549. A ValueError says that a number of
+    channels is odd.
     """
 
     def __init__(

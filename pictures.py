@@ -46,7 +46,8 @@ def open_picture(source: Source) -> np.ndarray:
     except Exception as error:  # PIL's decoders raise errors of many kinds on damaged files
         raise ValueError(
             f"{name} can't be used as a picture ({one_line(error)}): give a path of a PNG or JPEG "
-            "file, a PIL image, or an array of shape (H, W) or (H, W, 3), uint8 or floats from 0 to 1"
+            "file, a PIL image, or an array of shape (H, W) or (H, W, 3), uint8 or floats from 0 "
+            "to 1"
         ) from error
     side = min(rgb.shape[:2])
     top, left = ((length - side) // 2 for length in rgb.shape[:2])

@@ -228,8 +228,8 @@ def plot_reliability(
         )
         error = np.average(abs(accuracy - mean), weights=counts)
         label = f"temperature {divisor:.3g}: ECE {error:.1f} %"
-        area = np.maximum(600 * counts / len(places), 4)
-        axis.scatter(mean, accuracy, area, colour, marker, alpha=0.7, label=label)
+        area = np.maximum(300 * counts / len(places), 12)
+        axis.scatter(mean, accuracy, area, colour, marker=marker, alpha=0.7, label=label)
     axis.set(
         xlabel="confidence, %",
         ylabel="accuracy of the images in a bin, %",
@@ -323,7 +323,7 @@ def plot_receptive_field(
     for axis, place, side, weight in zip(axes.flat, places, sides, weights, strict=True):
         axis.imshow((weight / weight.max()).sqrt().numpy(), cmap="viridis")
         rows, columns = weight.nonzero().T
-        row, column = ((indices.min() + indices.max()) / 2 for indices in (rows, columns))
+        row, column = ((indices.min() + indices.max()).item() / 2 for indices in (rows, columns))
         corner = column - side / 2, row - side / 2
         axis.add_patch(plt.Rectangle(corner, side, side, fill=False, color=ORANGE))
         axis.set(xlim=(column - half, column + half), ylim=(row + half, row - half))

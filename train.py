@@ -103,7 +103,7 @@ def fit(
         "scaler": scaler,
         "log": log,
     }
-    print(f"{recipe.epochs} epochs on {hardware(device)}, data: {train_loader.dataset.title}")
+    print(f"on {hardware(device)}, data: {train_loader.dataset.title}, epochs: {recipe.epochs}")
     checkpoint = Checkpoint(path, recipe, train_loader, parts, teacher, restart)
     seed_everything(recipe.seed, train_loader)  # whatever was drawn since the weights
     with checkpoint, log:
@@ -221,9 +221,10 @@ def announce(recipe: Recipe, build: Callable[[], nn.Module] | None = None) -> st
     make_loader(train_set, recipe.batch_size)  # which refuses a batch that is too large
     seconds = estimate(recipe, len(train_set), device, build)
     epochs = f"{recipe.epochs} epoch{'s' if recipe.epochs > 1 else ''}"
+    hint = "; Recipe.quick() takes minutes (--quick)" if seconds > 3600 else ""
     return (
         f"a whole run of {epochs}: about {duration(seconds)} of training steps on "
-        f"{hardware(device)}"
+        f"{hardware(device)}{hint}"
     )
 
 

@@ -92,8 +92,9 @@ def train(
         images = normalise(images)
         with _full_memory_explained(device, len(labels)):
             # progressive resizing: the network sees smaller images in early epochs
+            seen = resize(corrupt(images, recipe.corruption), size)
             with autocast(device):
-                logits = model(resize(corrupt(images, recipe.corruption), size))
+                logits = model(seen)
             loss = objective = F.cross_entropy(logits.float(), labels)
             if teacher is not None:
                 with torch.no_grad(), autocast(device):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import scipy.stats
-from checker.rules import PARAMETER_LIMIT
 
 from benchmarks.tables import EQUAL_EPOCHS, HERE, ROOT, ablations, runs
+from checker.rules import PARAMETER_LIMIT
 from model import NetDilated
 from plots import BLUE, COLOURS, ORANGE, finish_figure
 from pretrained import load_metrics

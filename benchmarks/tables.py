@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from checker.rules import HOLDS, check_rules
 
+from checker.rules import HOLDS, check_rules
 from checker.tables import markdown_table
 from checks import require
 from dataset import load_dataset, normalise, train_transform
@@ -247,7 +247,7 @@ def quick() -> str:
                 f"{run['seconds'] / 60:.1f}",
                 run["hardware"],
             )
-            for run in json.loads((HERE / "quick.json").read_text())["runs"]
+            for run in json.loads((HERE / "quick.json").read_text())["test"]["runs"]
         ],
     )
 

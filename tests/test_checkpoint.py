@@ -256,7 +256,7 @@ def test_after_ctrl_c_the_same_cell_goes_on_to_the_same_weights(
         run.fit()
     output = capsys.readouterr().out
     assert output.endswith(
-        f"interrupted: {kept} epochs are kept in {run.path}, run again to go on\n"
+        f"interrupted: {run.path} keeps {kept} of 4 epochs, run again to go on\n"
     )
     assert "going on" not in output
     assert history_in(run.path)["test_loss"] == finished.history["test_loss"][:kept]

@@ -28,12 +28,18 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     "cuda, mps, best", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
 )
-def test_the_best_device_is_taken_and_a_cpu_keeps_its_memory(cuda, mps, best, monkeypatch):
-    kept = []
+def test_the_best_device_is_taken(cuda, mps, best, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 if cuda else 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    monkeypatch.setattr(device, "keep_freed_memory", lambda: kept.append(True))
-    assert pick_device().type == best and bool(kept) == (best == "cpu")
+    assert pick_device() == torch.device(best)
+
+
+def test_a_device_that_is_named_is_taken_if_it_is_here(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cpu") == CPU and pick_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="^device is 'cuda:2', which is not here: choose auto or"):
+        pick_device("cuda:2")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dataset import CORES
 from model import MirrorConv2d, NetDilated
 from published import NETWORKS, conv
 from recipe import (
@@ -36,6 +35,7 @@ IMPOSSIBLE = {  # what is allowed, and values that are not
     "batch_size": ("a whole number, 2 or more", [1, "256"]),
     "optimizer": ("SGD or Muon", ["Adam", None, np.array(["SGD", "Muon"])]),
     "max_lr": ("a number above 0", [0, float("inf")]),
+    "muon_lr_ratio": ("a number above 0", [0, "0.1"]),
     "warmup": ("a number above 0 and below 1", [0.0, 1]),
     "momentum": (
         "a pair of numbers above 0 and below 1",
@@ -45,14 +45,18 @@ IMPOSSIBLE = {  # what is allowed, and values that are not
     "augmentation": ("a probability, 0 to 1", [-0.1, 1.1]),
     "corruption": ("a probability, 0 to 1", [-0.1, 1.1, "0.3"]),
     "sizes": (
-        "sizes in pixels, each 8 to 1024, such as 16,32 or 32,",
+        "sizes in pixels, each 8 to 1024, such as 32 or 16,32",
         [32, (), (32, 7), (16.0,), (2**70,)],
     ),
     "teacher": ("None or the path of a folder", [3, __file__, ""]),
     "distillation_weight": ("a number, 0 to 1", [-0.1, 1.1]),
     "distillation_temperature": ("a number above 0", [0, "4"]),
     "seed": ("a whole number, 0 to 4294967295", [-1, 2**32]),
-    "num_workers": (f"None, or 0 to {CORES}, the number of cores", [-1, CORES + 1]),
+    "num_workers": ("None, or a whole number, 0 or more", [-1, 0.5]),
+    "device": (
+        "auto, cpu, mps, cuda, or one GPU of several, such as cuda:1",
+        ["gpu", "cuda:", None, 0],
+    ),
     "folder": ("the path of a folder", [None, __file__]),
 }
 
@@ -89,7 +93,7 @@ def test_settings_at_their_limits_are_possible():
         augmentation=1,
         distillation_weight=1.0,
         seed=2**32 - 1,
-        num_workers=CORES,
+        num_workers=64,
         momentum=(0.9, 0.99),
     )
     assert low.sizes == (8,) and high.seed == 2**32 - 1
@@ -135,13 +139,19 @@ def test_a_recipe_comes_back_from_json_without_the_settings_that_do_not_matter()
     recipe = Recipe.quick(momentum=(0.8, 0.9), folder="elsewhere", num_workers=0)
     values = json.loads(json.dumps(recipe.to_json()))
     assert Recipe(**values) == recipe
-    assert {each.name for each in fields(Recipe)} - set(values) == {"folder", "num_workers"}
+    assert {each.name for each in fields(Recipe)} - set(values) == {
+        "folder",
+        "num_workers",
+        "device",
+    }
 
 
-def test_the_teacher_has_the_recipe_of_its_student_but_for_fewer_epochs_and_no_teacher_and_no_corruption():
+def test_the_recipe_of_a_teacher_has_fewer_epochs_no_teacher_and_no_corruption():
     student = Recipe(epochs=8, corruption=0.3, max_lr=0.1, teacher="there", folder="here")
     teacher = Recipe(epochs=6, corruption=0, max_lr=0.1, teacher=None, validation_size=100)
-    assert student.teacher_recipe(100) == teacher and student.teacher_recipe().folder == "there"
+    assert (
+        student.teacher_recipe(100) == teacher and student.teacher_recipe().folder == "runs/teacher"
+    )
     assert Recipe(epochs=1).teacher_recipe().epochs == 1
 
 
@@ -279,6 +289,18 @@ def test_two_steps_of_muon():
     assert torch.equal(muon.state[model[0].weight]["momentum_buffer"], velocity)
 
 
+def test_weights_that_are_zero_are_updated_by_muon_and_stay_finite():
+    model = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(512, 10))
+    nn.init.zeros_(model[0].weight)
+    optimizer = make_optimizer(model, Recipe(optimizer="Muon"))
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.randn(4, 3, 8, 8)), torch.arange(4)).backward()
+        model[0].weight.grad = torch.randn(model[0].weight.shape)
+        optimizer.step()
+    assert model[0].weight.isfinite().all() and model[0].weight.abs().sum() > 0
+
+
 def test_a_step_of_muon_without_gradients_changes_nothing():
     model = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 10))
     before = copy.deepcopy(model.state_dict())
@@ -295,7 +317,10 @@ def test_the_learning_rate_peaks_after_the_warmup_and_the_momentum_does_the_oppo
     optimizer, rates, momenta = make_optimizer(NetDilated(), recipe), [], []
     scheduler = make_scheduler(optimizer, recipe, steps_per_epoch=10)
     for _ in range(40):
-        assert len({(group["lr"], group["momentum"]) for group in optimizer.param_groups}) == 1
+        assert len({group["momentum"] for group in optimizer.param_groups}) == 1
+        for group in optimizer.param_groups:
+            ratio = 0.1 if group.get("orthogonal") else 1
+            assert group["lr"] == pytest.approx(ratio * optimizer.param_groups[0]["lr"])
         rates.append(optimizer.param_groups[0]["lr"])
         momenta.append(optimizer.param_groups[0]["momentum"])
         optimizer.step()

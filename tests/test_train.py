@@ -1,7 +1,6 @@
 """The whole experiment, `train.run`, and the command line."""
 
 import os
-import re
 import runpy
 import signal
 import sys
@@ -10,19 +9,20 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-import checkpoint
 import train
 import utils
 from dataset import load_dataset, make_loader
 from model import NetDilated
+from pretrained import load_metrics, save
+from published import NETWORKS
 from recipe import Recipe
 from tiny import SHORT, Tiny, equal, state
 
 
 @pytest.fixture(autouse=True)
 def one_thread_and_no_clock(monkeypatch):
-    monkeypatch.setattr(train, "build_network", lambda name: Tiny())
-    monkeypatch.setattr(train, "announce", lambda recipe: "a while")
+    monkeypatch.setitem(NETWORKS, "NetDilated", Tiny)
+    monkeypatch.setattr(train, "announce", lambda recipe, build: "a while")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -80,27 +80,23 @@ def test_a_time_is_said_as_a_person_would(seconds, text):
     assert train.duration(seconds) == text
 
 
-def test_a_long_run_is_announced_in_one_line(monkeypatch):
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (80, "80 s of training steps on some processor"),
+        (
+            7200,
+            "2 h 0 min of training steps on some processor; Recipe.quick() takes minutes (--quick)",
+        ),
+    ],
+)
+def test_a_run_is_announced_in_one_line(seconds, text, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(train, "estimate", lambda recipe, images, *_: recipe.epochs * images / 100)
+    monkeypatch.setattr(train, "estimate", lambda *_: seconds)
     monkeypatch.setattr(train, "hardware", lambda device: "some processor")
-    line = train.announce(replace(SHORT, teacher=None))
-    assert re.fullmatch(
-        r"a whole run of 4 epochs: about 80 s of training steps on some processor; Recipe.quick\(\) "
-        r"takes about 17 min and reaches 8\d.\d % on CIFAR-10",
-        line,
-    )
-
-
-def test_the_quick_run_is_announced_and_timed_once(monkeypatch):
-    monkeypatch.undo()
-    timed = []
-    monkeypatch.setattr(train, "estimate", lambda recipe, *_: timed.append(recipe) or 60.0)
-    monkeypatch.setattr(train, "load_dataset", lambda *_: load_dataset("train", "sample"))
-    assert train.announce(Recipe.quick(seed=1)).startswith(
-        "a whole run of 2 epochs: about 60 s of training steps on "
-    )
-    assert timed == [Recipe.quick(seed=1)]
+    recipe = replace(SHORT, teacher=None)
+    assert train.announce(recipe) == f"a whole run of 4 epochs: about {text}"
+    assert "of 1 epoch:" in train.announce(replace(recipe, epochs=1))
 
 
 def test_a_batch_that_is_too_large_is_refused_before_anything_is_timed(monkeypatch):
@@ -126,7 +122,7 @@ def test_a_held_out_run_is_measured_on_the_validation_images_and_saved(tmp_path)
     )
     assert metrics["temperature"] == pytest.approx(utils.fit_temperature(logits, labels), rel=1e-5)
     assert metrics["recipe"] == recipe.to_json() and "a sample of CIFAR-10" in metrics["data"]
-    assert checkpoint.load_metrics("Tiny", tmp_path) == metrics
+    assert load_metrics("Tiny", tmp_path) == metrics
     assert equal(torch.load(tmp_path / "Tiny.pt", weights_only=True), state(model.cpu()))
 
 
@@ -151,10 +147,45 @@ def test_a_run_learns_from_the_teacher_in_the_folder_that_its_recipe_names(tmp_p
     ):
         train.run(recipe)
     teacher, history = NetDilated(), {"test_accuracy": [10.0], "seconds": [1.0]}
-    checkpoint.save(teacher, utils.run_metrics(teacher, SHORT, history, "sample"), recipe.teacher)
-    monkeypatch.setattr(train, "fit", lambda *arguments: given.append(arguments[-1]) or history)
+    save(teacher, utils.run_metrics(teacher, SHORT, history, "sample"), recipe.teacher)
+    monkeypatch.setattr(train, "fit", lambda *arguments: given.append(arguments[4]) or history)
     train.run(recipe)
     assert equal(state(given[0]), state(teacher)) and not given[0].training
+
+
+METRICS = {"network": "NetDilated", "recipe": SHORT.to_json(), "history": {"seconds": [1.0]}}
+LABELS = [number % 10 for number in range(2000)]
+
+
+def test_a_teacher_is_one_of_the_same_data(tmp_path):
+    model = NetDilated()
+    save(model, METRICS, tmp_path)
+    recipe = replace(SHORT, teacher=str(tmp_path))
+    teacher = train.load_teacher(recipe, LABELS)
+    assert equal(state(teacher), state(model)) and not teacher.training
+    with pytest.raises(
+        ValueError,
+        match=f"^teacher is {str(tmp_path)!r}: choose None, or the folder of one trained on "
+        "CIFAR-10, not on sample$",
+    ):
+        train.load_teacher(replace(recipe, data="CIFAR-10"), LABELS)
+
+
+def test_a_teacher_has_not_seen_what_its_student_holds_out(tmp_path):
+    metrics = {**METRICS, "recipe": {**METRICS["recipe"], "validation_size": 500}}
+    save(NetDilated(), {**metrics, "labels_sha256": train.labels_sha256(LABELS[:1500])}, tmp_path)
+    recipe = replace(SHORT, teacher=str(tmp_path), validation_size=500)
+    train.load_teacher(recipe, LABELS[:1500])
+    train.load_teacher(replace(recipe, validation_size=400), LABELS[:1600])
+    train.load_teacher(replace(recipe, validation_size=0), LABELS[::-1])
+    with pytest.raises(
+        ValueError,
+        match="choose None, or the folder of one that held out 501 training images, as the "
+        "student does, not 500$",
+    ):
+        train.load_teacher(replace(recipe, validation_size=501), LABELS[:1499])
+    with pytest.raises(ValueError, match="this one may have seen those that are held out"):
+        train.load_teacher(recipe, LABELS[500:][::-1])
 
 
 # ---------------------------------------------------------------- the command line
@@ -166,30 +197,35 @@ def test_the_help_names_every_setting_with_its_meaning_and_default(capsys, monke
     text = capsys.readouterr().out
     for each in fields(Recipe):
         option = each.name.replace("_", "-")
-        assert (
-            f"--{option} VALUE" in text and f"{each.metadata['meaning']} ({each.default})" in text
-        )
-    assert "--quick" in text
+        assert f"--{option} VALUE" in text and f"{each.metadata['meaning']} (default " in text
+        assert each.metadata["allowed"] in text
+    assert "(default 20,24,28,32; sizes in pixels" in text
+    assert "--quick" in text and "--medium" in text
 
 
 def test_the_command_trains_the_recipe_that_its_arguments_name(tmp_path, capsys, monkeypatch):
     train.main(["--quick", *TINY, "--sizes", "8,16", "--max-lr", "0.2", "--folder", str(tmp_path)])
-    metrics = checkpoint.load_metrics("Tiny", tmp_path)
+    metrics = load_metrics("Tiny", tmp_path)
     expected = Recipe.quick(data="sample", batch_size=100, epochs=1, sizes=(8, 16), max_lr=0.2)
     assert metrics["recipe"] == expected.to_json()
-    result = f"a sample of CIFAR-10, 1,000 images: test accuracy {metrics['test_accuracy']:.2f} %\n"
-    assert capsys.readouterr().out.endswith(result)
+    result = (
+        f"a sample of CIFAR-10, 1,000 images: test accuracy {metrics['test_accuracy']:.2f} %, in"
+    )
+    assert capsys.readouterr().out.endswith(f"{result} {tmp_path}/\n")
     ran = []
     monkeypatch.setattr(
         train,
         "run",
-        lambda recipe: (
+        lambda recipe, build: (
             ran.append(recipe) or (None, {"data": "some images", "validation_accuracy": 12.5})
         ),
     )
     train.main(["--validation-size", "10"])
     assert ran == [Recipe(validation_size=10)]
-    assert capsys.readouterr().out == "a while\nsome images: validation accuracy 12.50 %\n"
+    assert (
+        capsys.readouterr().out
+        == "a while\nsome images: validation accuracy 12.50 %, in runs/headline/\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -240,7 +276,7 @@ def test_an_unknown_option_is_named(capsys):
 def test_ctrl_c_ends_the_program_as_it_ends_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(utils, "train", lambda *arguments: os.kill(os.getpid(), signal.SIGINT))
     assert exit_of(*TINY, "--folder", str(tmp_path)) == 130
-    assert "interrupted: 0 epochs are kept" in capsys.readouterr().out
+    assert "keeps 0 of 1 epochs, run again to go on" in capsys.readouterr().out
 
 
 def test_the_file_is_a_program(monkeypatch):
