@@ -1,42 +1,55 @@
 # Each target works as the first command on a fresh machine: what it needs is installed into .venv.
 PYTHON ?= python3
-RUN = .venv/bin/python
-EXECUTE = TQDM_DISABLE=1 $(RUN) -m jupyter nbconvert --to notebook --execute --ExecutePreprocessor.timeout=-1 \
-	--ExecutePreprocessor.record_timing=False --CoalesceStreamsPreprocessor.enabled=True
-DEMO = {"data": "sample", "epochs": 8, "batch_size": 50, "sizes": [16, 24], "corruption": 0, "teacher": null, \
-	"folder": "demo"}
+PY = .venv/bin/python
+PIP = $(PY) -m pip install -q --disable-pip-version-check --root-user-action=ignore
+DEMO = {"network": "NetDilated", "data": "sample", "validation_size": 0, "epochs": 8, "batch_size": 50, \
+	"optimizer": "Muon", "max_lr": 0.3, "muon_lr_ratio": 0.1, "warmup": 0.25, "momentum": [0.85, 0.95], \
+	"weight_decay": 0.0005, "augmentation": 0.5, "corruption": 0, "sizes": [16, 24], "teacher": null, \
+	"distillation_weight": 0.9, "distillation_temperature": 4.0, "seed": 0, "num_workers": null, \
+	"device": "auto", "folder": "demo"}
 
-.PHONY: demo test lint train quick bench tables clean
+.PHONY: demo test lint train notebook publish quick bench tables clean
 
-demo: .venv/installed  ## execute the notebook on the sample of CIFAR-10 into demo/ (two minutes, no download)
+demo: .venv/installed  ## the notebook on the sample of CIFAR-10, in demo/: minutes, no download
 	rm -rf demo
-	mkdir demo
-	S9_SETTINGS='$(DEMO)' $(EXECUTE) --output-dir demo S9.ipynb
+	S9_SETTINGS='$(DEMO)' TQDM_DISABLE=1 $(PY) tools/execute.py S9.ipynb demo/S9.ipynb
 
 test: .venv/installed  ## the whole suite, the notebook included, offline
-	$(RUN) -m pytest --nbval S9.ipynb tests
+	$(PY) -m pytest --nbval
 
 lint: .venv/installed  ## ruff, with the rules in pyproject.toml
-	$(RUN) -m ruff check .
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
-train: .venv/installed  ## execute the notebook for real: refreshes its outputs, img/ and weights/
-	@$(RUN) -c "from train import Recipe, announce; print(announce(Recipe()))"
-	@echo "The notebook shows its outputs at the end. To see each epoch, stop this and start python train.py"
-	$(EXECUTE) --inplace S9.ipynb
+train: .venv/installed  ## the headline run, in runs/headline
+	$(PY) train.py
+	$(PY) evaluate.py runs/headline --save
 
-quick: .venv/installed  ## 85 % in a few minutes
-	$(RUN) train.py --quick
+notebook: .venv/installed  ## execute the notebook as "Run all" does, on CIFAR-10, in place
+	TQDM_DISABLE=1 $(PY) tools/execute.py S9.ipynb S9.ipynb
 
-bench: .venv/installed  ## measure both sides of every comparison of speed, on CIFAR-10: benchmarks/bench.json
-	$(RUN) -m benchmarks.bench
+publish:  ## copy a finished run to weights/: make publish RUN=seed-1
+	@test -n "$(RUN)" || { echo "which run? make publish RUN=seed-1"; exit 1; }
+	@ls runs/$(RUN)/*.json > /dev/null 2>&1 || { echo "runs/$(RUN) has no finished run"; exit 1; }
+	mkdir -p weights/$(RUN:headline=)
+	cp runs/$(RUN)/*.pt runs/$(RUN)/*.json weights/$(RUN:headline=)
+	if [ "$(RUN)" = headline ] && [ -d runs/headline/img ]; then cp runs/headline/img/*.png img/; fi
+
+quick: .venv/installed  ## 85 % in minutes
+	$(PY) train.py --quick
+
+bench: .venv/installed  ## both sides of every comparison of speed, on CIFAR-10: benchmarks/bench.json
+	$(PY) -m benchmarks.bench
 
 tables: .venv/installed  ## the tables and charts in the Markdown files, from the committed files
-	$(RUN) -m benchmarks.tables
-	$(RUN) -m benchmarks.charts
+	$(PY) -m benchmarks.tables
+	$(PY) -m benchmarks.charts
 
 .venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, \
+	$(PYTHON) is %s: make PYTHON=python3.12" % sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install -q -r requirements.txt
+	$(PIP) -r requirements.txt
 	touch $@
 
 clean:

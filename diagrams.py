@@ -1,6 +1,8 @@
-"""Diagrams of the network, drawn from the model. Each function saves and returns a figure."""
+"""What shows the network in a notebook: diagrams, drawn from the model itself, and its source."""
 
+import ast
 import copy
+import inspect
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,6 +23,7 @@ KINDS = {
 def plot_network(model: NetDilated, path: str | Path) -> plt.Figure:
     """Draw the feature maps of the network from left to right, a box for each convolution.
 
+    Save the figure to `path` and return it, as the functions of `plots` do.
     The height of a box is the side of its map, its width grows with the channels. Above it are the
     kernel, stride and dilation, below it channels and side. "+" marks a residual connection.
     """
@@ -82,6 +85,7 @@ def plot_mirrored_pair(model: NetDilated, dataset: CIFAR10, path: str | Path) ->
     """Draw how the second convolution makes a mirrored pair of maps from another: A, B, A', B'.
 
     The maps are of the first image of the data set. Of all pairs, one with large weights is shown.
+    Save the figure to `path` and return it.
     """
     model = copy.deepcopy(model).cpu().eval()
     lift, conv = model.C1[0], model.C1[1].conv
@@ -123,3 +127,19 @@ def plot_mirrored_pair(model: NetDilated, dataset: CIFAR10, path: str | Path) ->
         "A mirrored pair of kernels: two kernels, their mirror images, two feature maps"
     )
     return finish_figure(figure, path)
+
+
+def source_of(*objects: object) -> str:
+    """Return the source code of functions and classes in Markdown, without their docstrings."""
+    texts = []
+    for each in objects:
+        lines = inspect.getsource(each).splitlines()
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+                docstring = node.body[0]
+                last = docstring.end_lineno
+                if lines[last] == "":
+                    last += 1  # and the empty line after it
+                lines[docstring.lineno - 1 : last] = [None] * (last - docstring.lineno + 1)
+        texts.append("\n".join(line for line in lines if line is not None))
+    return "```python\n" + "\n\n\n".join(texts) + "\n```"
