@@ -1,34 +1,31 @@
-"""CIFAR-10 with albumentations, its loaders, and a small sample of it for machines without
-CIFAR-10.
-"""
+"""CIFAR-10 with albumentations, and a small sample of it for machines without CIFAR-10."""
 
-import ctypes
 import functools
 import hashlib
 import os
 import pickle
 import random
 import shutil
-import signal
-import sys
+import tempfile
 import warnings
-from collections.abc import Iterator
+from multiprocessing.context import get_spawning_popen
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
-os.environ.setdefault(
-    "NO_ALBUMENTATIONS_UPDATE", "1"
-)  # importing a module should not ask the network for news
+# Importing a module should not ask the network for news. So albumentations is imported here only.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
-import albumentations as A  # imported nowhere else, so that it is never imported without the line above
+import albumentations as A
 import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.datasets.utils import check_integrity
 
-from checks import ALLOWED_SEEDS, between, is_seed, require, whole
+from checks import one_of, require, whole
 from device import memory_format
+from loader import CORES as CORES  # for whoever imports the data and its loader from one place
+from loader import make_loader as make_loader
 
 if int(A.__version__.split(".")[0]) < 2:  # it would ignore the colour of the hole, with a warning
     raise ImportError(f"albumentations {A.__version__} is too old: pip install -r requirements.txt")
@@ -36,10 +33,7 @@ if int(A.__version__.split(".")[0]) < 2:  # it would ignore the colour of the ho
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images, by channel, 0 to 1
 STD = (0.2470, 0.2435, 0.2616)
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-FILL = tuple(
-    round(255 * channel) for channel in MEAN
-)  # the mean colour on the scale of the uint8 images
+FILL = tuple(round(255 * channel) for channel in MEAN)  # the mean colour of the uint8 images
 
 
 def train_transform(p: float = 0.5) -> A.Compose:
@@ -50,21 +44,20 @@ def train_transform(p: float = 0.5) -> A.Compose:
     the hole. The border that a shift uncovers is filled by reflection; the hole of CoarseDropout
     (DeVries and Taylor, Cutout, https://arxiv.org/abs/1708.04552) with the training set's mean
     colour, which normalises to zero.
-
-    Raises:
-        ValueError: p is not a probability.
     """
-    require("augmentation", p, "a probability, 0 to 1", between(0, 1)(p))
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="ShiftScaleRotate is a special case of Affine"
-        )  # the rules name it
+        # albumentations prefers Affine, but the assignment names ShiftScaleRotate
+        warnings.filterwarnings("ignore", message="ShiftScaleRotate is a special case of Affine")
         return A.Compose(
             [
                 A.HorizontalFlip(p=0.5),
                 A.ShiftScaleRotate(
-                    shift_limit=0.1, scale_limit=0.1, rotate_limit=15, p=p, border_mode=4
-                ),  # cv2.BORDER_REFLECT_101
+                    shift_limit=0.1,
+                    scale_limit=0.1,
+                    rotate_limit=15,
+                    p=p,
+                    border_mode=4,  # cv2.BORDER_REFLECT_101
+                ),
                 A.CoarseDropout(
                     num_holes_range=(1, 1),
                     hole_height_range=(16, 16),
@@ -94,6 +87,8 @@ def normalise(images: np.ndarray | torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: the images are of another shape or type, as normalised ones are.
     """
+    if isinstance(images, np.ndarray):
+        images = np.ascontiguousarray(images)  # PyTorch knows no negative strides, as of a mirror
     images = torch.as_tensor(images)
     require(
         "shape of the images",
@@ -107,20 +102,18 @@ def normalise(images: np.ndarray | torch.Tensor) -> torch.Tensor:
         "torch.uint8, pixels from 0 to 255",
         images.dtype == torch.uint8,
     )
+    # Whole rows of pixels at once are three times as fast as pixels of three channels.
     mean, std = (255 * each.repeat(images.shape[2]) for each in mean_and_std(images.device))
-    rows = images.flatten(2).to(
-        torch.float32, copy=True
-    )  # by whole rows of pixels, three times as fast
-    normalised = (
-        rows.sub_(mean).div_(std).view(images.shape).permute(0, 3, 1, 2)
-    )  # a view, in channels_last
+    rows = images.flatten(2).to(torch.float32, copy=True)
+    rows.sub_(mean).div_(std)
+    normalised = rows.view(images.shape).permute(0, 3, 1, 2)  # a view, in channels_last
     return normalised.contiguous(memory_format=memory_format(images.device))
 
 
 @functools.cache
 def mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation by channel, (3,) each, made once a device: a copy to a GPU
-    waits for it.
+    """Return mean and standard deviation by channel, (3,) each, cached per device: a copy to a
+    GPU waits for it.
     """
     return torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
 
@@ -134,7 +127,7 @@ class CIFAR10(torchvision.datasets.CIFAR10):
     """
 
     title = "CIFAR-10"
-    room = 360 * 2**20  # bytes, of the archive and what is unpacked
+    required_bytes = 360 * 2**20  # of the archive and what is unpacked
 
     def __init__(self, root=None, train=True, transform=None, seed=0):
         self.seed = seed
@@ -156,20 +149,16 @@ class CIFAR10(torchvision.datasets.CIFAR10):
             return
         if not check_integrity(Path(self.root) / self.filename, self.tgz_md5):
             print(f"downloading {self.title} to {self.root}: 170 MB, 350 MB with what is unpacked")
-            folder = next(
-                path
-                for path in (Path(self.root), *Path(self.root).resolve().parents)
-                if path.exists()
-            )
-            if shutil.disk_usage(folder).free < self.room:
-                raise OSError(f"there is no room: {self.room // 2**20} MB are needed")
+            folder = _existing(Path(self.root))
+            if shutil.disk_usage(folder).free < self.required_bytes:
+                raise OSError(f"there is no room: {self.required_bytes // 2**20} MB are needed")
         super().download()
 
     def __getitem__(self, index):
         image = self.data[index]
-        return (self.transform(image=image)["image"] if self.transform else image), self.targets[
-            index
-        ]
+        if self.transform:
+            image = self.transform(image=image)["image"]
+        return image, self.targets[index]
 
     def __getitems__(self, indices):
         """Return the items of one batch; DataLoader calls this.
@@ -185,31 +174,49 @@ class CIFAR10(torchvision.datasets.CIFAR10):
             )
         return [self[index] for index in indices]
 
+    def __getstate__(self):
+        """Return what is pickled, for a process that starts without a copy of this one's memory
+        with the path of a file in place of the images, which that process maps into its memory.
+
+        So the workers of a loader share the images also where they are not forked: on macOS, on
+        Windows, and everywhere from Python 3.14 on. The file lies in the temporary folder of
+        `multiprocessing`, which this process removes when it ends; if it is killed, it is left to
+        whoever cleans the system's temporary folder. Any other pickle or copy has the images.
+        """
+        state = self.__dict__.copy()
+        if get_spawning_popen():
+            self.data = np.ascontiguousarray(self.data)  # once, not for each worker
+            state["data"] = _write_for_others(self.data)
+        return state
+
+    def __setstate__(self, state):
+        if isinstance(state["data"], Path):  # "c": a change stays in this process
+            state["data"] = np.asarray(np.load(state["data"], mmap_mode="c"))
+        self.__dict__.update(state)
+
     def _trouble(self, root: Path, error: Exception) -> str:
         """Say in one line why the data could not be loaded and what to do."""
         folder, archive = root / self.base_folder, root / self.filename
         cause = " ".join(str(error).split())
-        for name, md5 in [
-            *self.train_list,
-            *self.test_list,
-            [self.meta["filename"], self.meta["md5"]],
-        ]:
+        files = [*self.train_list, *self.test_list, (self.meta["filename"], self.meta["md5"])]
+        for name, md5 in files:
             if os.path.exists(folder) and not _readable(folder / name, md5):
                 return (
-                    f"{folder / name} is missing or damaged ({cause}): remove {folder} and run again to download "
-                    f"{self.title}, or unpack {self.filename} there again"
+                    f"{folder / name} is missing or damaged ({cause}): remove {folder} and run "
+                    f"again to download {self.title}, or unpack {self.filename} there again"
                 )
         if os.path.exists(archive) and not check_integrity(archive, self.tgz_md5):
             return (
-                f"{archive} is incomplete or damaged ({cause}): run again with a network, or fetch it from "
-                f"{self.url}"
+                f"{archive} is incomplete or damaged ({cause}): run again with a network, or "
+                f"fetch it from {self.url}"
             )
-        existing = next(path for path in (root, *root.resolve().parents) if os.path.exists(path))
+        existing = _existing(root)
         if not (os.path.isdir(existing) and os.access(existing, os.W_OK)):
             return f"{root} can't be written ({cause}): name another folder with CIFAR10_ROOT"
         return (
-            f"{self.title} is not in {root} and could not be downloaded ({cause}): put {self.filename} from "
-            f"{self.url} into {root} and run again, or run `make demo`, which needs no download"
+            f"{self.title} is not in {root} and could not be downloaded ({cause}): put "
+            f"{self.filename} from {self.url} into {root} and run again, or run `make demo`, which "
+            "needs no download"
         )
 
 
@@ -230,10 +237,8 @@ class CIFAR10Sample(CIFAR10):
         torchvision.datasets.VisionDataset.__init__(self, root, transform=transform)
         self.train, self.seed, self.classes = train, seed, list(CLASSES)
         path = root / f"{split}.webp"
-        if (
-            not path.is_file()
-            or hashlib.sha256(path.read_bytes()).hexdigest() != self.sha256[split]
-        ):
+        content = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != self.sha256[split]:
             raise RuntimeError(f"{path} is missing or damaged: take it from the repository again")
         sheet = np.asarray(Image.open(path).convert("RGB"))
         images = sheet.reshape(-1, 32, self.columns, 32, 3).swapaxes(1, 2)
@@ -246,7 +251,17 @@ class CIFAR10Sample(CIFAR10):
         return f"a sample of CIFAR-10, {len(self):,} images"
 
 
-DATASETS = {"CIFAR-10": CIFAR10, "sample": CIFAR10Sample}
+class CIFAR10Tiny(CIFAR10Sample):
+    """The first 200 training and the first 200 test images of the sample, 20 of each class, on
+    which a training can be tried in seconds.
+    """
+
+    def __init__(self, root=None, train=True, transform=None, seed=0):
+        super().__init__(root, train, transform, seed)
+        self.data, self.targets = self.data[:200], self.targets[:200]
+
+
+DATASETS = {"CIFAR-10": CIFAR10, "sample": CIFAR10Sample, "tiny": CIFAR10Tiny}
 
 
 def data_folder() -> Path:
@@ -267,31 +282,24 @@ def load_dataset(
     Args:
         split: "train" (without the last `validation_size` training images), "validation" (those),
             or "test".
-        data: "CIFAR-10", or "sample" for the 3,000 images of it that come with the repository.
+        data: "CIFAR-10", "sample" for the 3,000 images of it that come with the repository, or
+            "tiny" for 400 of those.
         validation_size: how many training images are held out.
         transform: an albumentations transform; `train_transform()` for "train" and
             `test_transform()` otherwise if None.
         seed: of the augmentations.
         root: the folder of the data. If None, `data_folder()` for CIFAR-10, and `sample` of the
-            repository.
+            repository for the other two.
 
     Raises:
-        ValueError: an argument is not one of those allowed. RuntimeError: the data are missing or
-            damaged.
+        ValueError: an argument is not one of those allowed.
+        RuntimeError: the data are missing or damaged.
     """
-    require(
-        "data", data, f"one of {', '.join(DATASETS)}", isinstance(data, str) and data in DATASETS
-    )
-    require(
-        "split",
-        split,
-        "train, validation or test",
-        isinstance(split, str) and split in ("train", "validation", "test"),
-    )
-    require(
-        "root", root, "None or the path of a folder", root is None or isinstance(root, (str, Path))
-    )
-    require("seed", seed, ALLOWED_SEEDS, is_seed(seed))
+    require("data", data, f"one of {', '.join(DATASETS)}", one_of(DATASETS)(data))
+    splits = ("train", "validation", "test")
+    require("split", split, "train, validation or test", one_of(splits)(split))
+    is_path = root is None or isinstance(root, (str, Path))
+    require("root", root, "None or the path of a folder", is_path)
     if transform is None:
         transform = train_transform() if split == "train" else test_transform()
     require(
@@ -309,97 +317,25 @@ def load_dataset(
         f"1 to {len(dataset) - 1}, some of the training images",
         whole(1, len(dataset) - 1)(validation_size),
     )
-    border = len(dataset) - validation_size
-    part = slice(border) if split == "train" else slice(border, None)
+    split_index = len(dataset) - validation_size
+    part = slice(split_index) if split == "train" else slice(split_index, None)
     dataset.data, dataset.targets = dataset.data[part], dataset.targets[part]
     return dataset
 
 
-def make_loader(
-    dataset: Dataset,
-    batch_size: int = 256,
-    shuffle: bool = False,
-    num_workers: int | None = None,
-    seed: int = 0,
-) -> DataLoader:
-    """Return a DataLoader of uint8 (N, 32, 32, 3) images and int64 (N,) labels.
-
-    The batches are the same at any number of workers. `train` and `predict` normalise them where
-    the network is: bytes are a quarter of the memory, and a whole batch is normalised much faster
-    than image by image.
-
-    Args:
-        shuffle: whether each epoch has an order of its own, drawn from `loader.sampler.generator`.
-        num_workers: processes that augment, at most one for each core. By default as many, but no
-            more than 8, for a shuffled loader, and none otherwise: there is nothing to augment.
-        seed: of the order.
-
-    Raises:
-        ValueError: the batch size is not between 1 and the size of the data set, there are too many
-            workers, or another argument is not one of those allowed.
-    """
-    require("shuffle", shuffle, "True or False", isinstance(shuffle, bool))
-    require("seed", seed, ALLOWED_SEEDS, is_seed(seed))
-    num_workers = min(CORES, 8) * shuffle if num_workers is None else num_workers
-    require(
-        "batch_size",
-        batch_size,
-        f"1 to {len(dataset)}, the size of the data set",
-        whole(1, len(dataset))(batch_size),
-    )
-    require(
-        "num_workers",
-        num_workers,
-        f"0 to {CORES}, the number of cores",
-        whole(0, CORES)(num_workers),
-    )
-    order = (
-        RandomSampler(dataset, generator=torch.Generator().manual_seed(seed)) if shuffle else None
-    )
-    return _Loader(
-        dataset,
-        batch_size,
-        sampler=order,
-        num_workers=num_workers,
-        collate_fn=_collate,
-        persistent_workers=num_workers > 0,
-        worker_init_fn=_init_worker,
-        generator=torch.Generator(),  # of the workers' own seeds, which nothing here uses
-    )
+def _write_for_others(images):
+    """Write images to a file that other processes map, unless it is there; return its path."""
+    path = Path(get_temp_dir(), f"{hashlib.sha256(images).hexdigest()}.npy")
+    if not path.exists():
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            np.save(file, images)
+        os.replace(file.name, path)  # whole or not at all, whatever other threads do
+    return path
 
 
-class _Loader(DataLoader):
-    """Makes tensors of the arrays that workers hand over.
-
-    Workers would take longer to hand over tensors, and need shared memory, of which Docker has
-    little. After an epoch that was broken off, as by Ctrl-C, the next one starts new workers.
-    """
-
-    complete = True  # whether the last epoch was
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        if not self.complete:
-            self._iterator = None
-        self.complete = False
-        for images, labels in super().__iter__():
-            batch = torch.from_numpy(images), torch.tensor(labels)
-            yield tuple(part.pin_memory() for part in batch) if torch.cuda.is_available() else batch
-        self.complete = True
-
-
-def _init_worker(worker):
-    """Leave Ctrl-C, which reaches every process, to the main one, and on Linux end with it if it is
-    killed.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _collate(items):
-    images, labels = zip(*items, strict=True)
-    return np.array(images), labels
+def _existing(path):
+    """Return the path, or the nearest folder above it that exists."""
+    return next(each for each in (path, *path.resolve().parents) if os.path.exists(each))
 
 
 def _readable(path, md5):
@@ -410,11 +346,9 @@ def _readable(path, md5):
     if md5 is None or not check_integrity(path, md5):
         return False
     batch = pickle.loads(path.read_bytes(), encoding="latin1")
-    return (
-        _consistent(batch["data"].reshape(-1, 3, 32, 32), batch["labels"])
-        if "data" in batch
-        else True
-    )
+    if "data" not in batch:  # the names of the classes
+        return True
+    return _consistent(batch["data"].reshape(-1, 3, 32, 32), batch["labels"])
 
 
 def _consistent(images, labels):
