@@ -49,11 +49,3 @@ def whole(low: int, high: float = float("inf")) -> Callable[[object], bool]:
 def between(low: float, high: float = float("inf")) -> Callable[[object], bool]:
     """Return a check for finite numbers from `low` to `high`."""
     return lambda value: is_number(value) and low <= value <= high
-
-
-ALLOWED_SEEDS = "a whole number, 0 to 4294967295"
-
-
-def is_seed(value: object) -> bool:
-    """Return whether the value can seed a random generator."""
-    return type(value) is int and 0 <= value < 2**32

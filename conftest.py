@@ -1,6 +1,4 @@
-"""The smoke setting: under pytest the notebook runs on the sample, in a folder that is removed
-afterwards.
-"""
+"""The smoke setting: under pytest the notebook runs on a few images, in a temporary folder."""
 
 import json
 import os
@@ -16,9 +14,9 @@ from recipe import Recipe
 
 SCRATCH = tempfile.TemporaryDirectory(prefix="s9-")
 SMOKE = Recipe(
-    data="sample",
+    data="tiny",
     epochs=2,
-    batch_size=200,
+    batch_size=50,
     sizes=(8, 16),
     teacher=f"{SCRATCH.name}/teacher",
     folder=SCRATCH.name,
@@ -28,15 +26,10 @@ os.environ["TQDM_DISABLE"] = "1"
 
 
 def pytest_sessionstart():
-    """Save an untrained teacher, and let SIGINT interrupt even where the shell ignores it, as in
-    the background.
-    """
+    """Save an untrained teacher, and let SIGINT interrupt, which a shell's background ignores."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    save(
-        NetDilated(),
-        {"network": "NetDilated", "recipe": SMOKE.to_json(), "history": {}},
-        Path(SMOKE.teacher),
-    )
+    metrics = {"network": "NetDilated", "recipe": SMOKE.to_json(), "history": {}}
+    save(NetDilated(), metrics, SMOKE.teacher)
 
 
 @pytest.fixture(scope="session")

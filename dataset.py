@@ -24,8 +24,6 @@ from torchvision.datasets.utils import check_integrity
 
 from checks import one_of, require, whole
 from device import memory_format
-from loader import CORES as CORES  # for whoever imports the data and its loader from one place
-from loader import make_loader as make_loader
 
 if int(A.__version__.split(".")[0]) < 2:  # it would ignore the colour of the hole, with a warning
     raise ImportError(f"albumentations {A.__version__} is too old: pip install -r requirements.txt")

@@ -7,8 +7,9 @@ from torch import nn
 
 import utils
 from checks import one_of, require
-from dataset import CIFAR10, DATASETS, load_dataset, make_loader
+from dataset import CIFAR10, DATASETS, load_dataset
 from device import keep_freed_memory, pick_device, to_device
+from loader import make_loader
 from pretrained import WEIGHTS, add_metrics, load, load_metrics
 from published import find_network
 from recipe import Recipe

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader
 
-from checks import ALLOWED_SEEDS, between, is_folder, is_seed, one_of, positive, require, whole
+from checks import between, is_folder, one_of, positive, require, whole
 from dataset import DATASETS
 from published import NETWORKS
 
@@ -132,7 +132,12 @@ class Recipe:
     distillation_temperature: float = setting(
         4.0, "what the logits are divided by in the distillation loss", "a number above 0", positive
     )
-    seed: int = setting(0, "the seed of weights, order and augmentation", ALLOWED_SEEDS, is_seed)
+    seed: int = setting(
+        0,
+        "the seed of weights, order and augmentation",
+        "a whole number, 0 to 4294967295",
+        whole(0, 2**32 - 1),
+    )
     num_workers: int | None = setting(
         None,
         "processes that augment; None: one for each core, at most 8",

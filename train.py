@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 
 import utils
 from checkpoint import Checkpoint
-from dataset import A, load_dataset, make_loader, train_transform
+from dataset import A, load_dataset, train_transform
 from device import hardware, keep_freed_memory, make_scaler, pick_device, to_device
+from loader import make_loader
 from model import NetDilated
 from pretrained import add_metrics, load, save
 from published import NETWORKS, find_network

@@ -20,8 +20,9 @@ from torchmetrics.functional.classification import (
 from torchvision.transforms.v2.functional import gaussian_blur, resize
 from tqdm import tqdm
 
-from dataset import CIFAR10, A, load_dataset, make_loader, mean_and_std, normalise
+from dataset import CIFAR10, A, load_dataset, mean_and_std, normalise
 from device import autocast, hardware, versions
+from loader import make_loader
 from plots import (  # noqa: F401
     plot_accuracy,
     plot_augmentations,

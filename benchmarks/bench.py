@@ -24,15 +24,17 @@ from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import utils
-from dataset import CORES, MEAN, STD, A, load_dataset, make_loader, train_transform
+from dataset import MEAN, STD, A, load_dataset, train_transform
 from device import (
     hardware,
     keep_freed_memory,
+    memory_format,
     mixed_precision,
     pick_device,
     to_device,
     versions,
 )
+from loader import CORES, make_loader
 from model import NetDilated
 from pretrained import write_json
 from published import PublishedDepthwise, PublishedDilated
@@ -80,6 +82,7 @@ def main(arguments: list[str] | None = None) -> dict:
     results["input pipeline"] = input_pipeline(options)
     results["waiting for data, %"] = waiting(options, device)
     results["evaluation, seconds"] = evaluation(options, device)
+    results["latency"] = latency(options, device)
     results["rate of arithmetic, GFLOP/s"] = arithmetic(results["training step"], device)
     write_json(options.output, results)
     print(f"\nwritten to {options.output}")
@@ -353,6 +356,18 @@ def evaluation(options: argparse.Namespace, device: torch.device) -> dict:
         )
     )
     return {"images": len(loader.dataset), **row}
+
+
+def latency(options: argparse.Namespace, device: torch.device) -> dict:
+    """Milliseconds for one image and for a batch of 256, and images a second, without gradients."""
+    model, rows = to_device(NetDilated(), device).eval(), {}
+    for name, count in (("one image", 1), ("a batch of 256 images", 256)):
+        images = torch.randn(count, 3, 32, 32).to(device, memory_format=memory_format(device))
+        with torch.inference_mode():
+            took = seconds(lambda images=images: model(images), options.seconds)
+        rows[name] = {"ms": 1000 * took, "images_per_second": count / took}
+        print(f"\nlatency of {name}: {1000 * took:.1f} ms, {count / took:.0f} images/s")
+    return {"hardware": hardware(device), "rows": rows}
 
 
 def arithmetic(steps: dict, device: torch.device, side: int = 4096) -> dict:

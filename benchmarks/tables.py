@@ -17,6 +17,7 @@ from checker.tables import markdown_table
 from checks import require
 from dataset import load_dataset, normalise, train_transform
 from model import NetDilated
+from plots import TARGET
 from pretrained import load, load_metrics
 from published import NETWORKS
 from utils import mean_accuracy_under_corruptions
@@ -65,64 +66,64 @@ def mean_and_deviation() -> str:
 
 
 def headline() -> str:
-    """The result in two sentences."""
-    broken = [
-        rule
-        for rule, _, verdict in check_rules(NetDilated(), train_transform())
-        if verdict != HOLDS
-    ]
+    """The result in a sentence."""
+    verdicts = check_rules(NetDilated(), train_transform())
+    broken = [rule for rule, _, verdict in verdicts if verdict != HOLDS]
     kept = f"broken rules: {', '.join(broken)}" if broken else "every rule of the assignment kept"
-    if not (accuracies := runs()[0].get("accuracy_under_corruptions")):
+    seeds = f"mean of {len(runs())} seeds" if len(runs()) > 1 else "one run"
+    return (
+        f"**{mean_and_deviation()} % test accuracy** ({seeds}) with "
+        f"**{runs()[0]['parameters']:,} parameters**, {kept}."
+    )
+
+
+def corruptions() -> str:
+    """The accuracy under corruptions in a sentence."""
+    accuracies = runs()[0].get("accuracy_under_corruptions")
+    if not accuracies:
         raise ValueError(
-            "weights/NetDilated.json has no accuracy_under_corruptions: `make train` adds it"
+            "weights/NetDilated.json has no accuracy_under_corruptions: "
+            "`python evaluate.py --corruptions --save` adds it"
         )
     clean, corrupted = accuracies["noise"][0], mean_accuracy_under_corruptions(accuracies)
     unseen = mean_accuracy_under_corruptions(accuracies, ["JPEG", "brightness"])
-    seeds = f"{len(runs())} seeds" if len(runs()) > 1 else "one run"
     return (
-        f"**{mean_and_deviation()} % test accuracy**, {seeds}, "
-        f"{runs()[0]['parameters']:,} parameters, {kept}."
-        f"\n{corrupted:.1f} % on average under our corruptions, "
-        f"{unseen:.1f} % under the kinds not in its training "
-        f"(seed 0, 2,000 images, clean {clean:.1f})."
+        f"Seed 0 has {corrupted:.1f} % of 2,000 test images on average, {unseen:.1f} % under the "
+        f"two kinds that were not in its training, and {clean:.1f} % of the same images clean."
     )
 
 
 def results() -> str:
-    """The headline runs, and the three networks after equal epochs without a teacher."""
-    first = runs()[0]
+    """The headline runs, its teacher, and the three networks after equal epochs without one."""
+    first, teacher = runs()[0], load_metrics("NetDilated", WEIGHTS / "teacher")
     rows = [
-        (
-            "NetDilated, headline recipe",
-            f"{first['parameters']:,}",
-            f"{first['macs'] / 1e6:.1f}",
-            str(first["recipe"]["epochs"]),
-            f"**{mean_and_deviation()}**",
-            "",
-        )
+        _result("NetDilated, headline recipe", first, f"**{mean_and_deviation()}**"),
+        _result("NetDilated, no teacher, no corruption, 45,000 training images", teacher),
     ]
-    for name in NETWORKS:
-        metrics = load_metrics(name, EQUAL_EPOCHS)
-        published = getattr(NETWORKS[name], "published_result", "")
-        rows.append(
-            (
-                name,
-                f"{metrics['parameters']:,}",
-                f"{metrics['macs'] / 1e6:.1f}",
-                str(metrics["recipe"]["epochs"]),
-                f"{metrics['test_accuracy']:.2f}",
-                published,
-            )
-        )
+    for name, network in NETWORKS.items():
+        published = getattr(network, "published_result", "")
+        rows.append(_result(name, load_metrics(name, EQUAL_EPOCHS), published=published))
     head = (
         "network",
         "parameters:",
         "MACs, M:",
         "epochs:",
-        "test accuracy %:",
+        "test accuracy, %:",
         "published result, %",
     )
     return markdown_table(head, rows)
+
+
+def _result(name, metrics, accuracy="", published=""):
+    """Return a row of the table of results."""
+    return (
+        name,
+        f"{metrics['parameters']:,}",
+        f"{metrics['macs'] / 1e6:.1f}",
+        str(metrics["recipe"]["epochs"]),
+        accuracy or f"{metrics['test_accuracy']:.2f}",
+        published,
+    )
 
 
 def seeds() -> str:
@@ -138,23 +139,23 @@ def seeds() -> str:
 
 def constraints() -> str:
     """What the assignment asks, and what was measured on our network."""
-    rows = [(rule, measured) for rule, measured, _ in check_rules(NetDilated(), train_transform())]
-    rows.append(("at least 85 % test accuracy", f"{mean_and_deviation()} %"))
+    notes = {"a depthwise-separable convolution": ", pointwise first; each counts as one"}
+    rows = [
+        (rule, measured + notes.get(rule, ""), "✓" if verdict == HOLDS else verdict)
+        for rule, measured, verdict in check_rules(NetDilated(), train_transform())
+    ]
+    reached = statistics.mean(run["test_accuracy"] for run in runs()) >= TARGET
+    accuracy = f"{mean_and_deviation()} %"
+    rows.append((f"at least {TARGET} % test accuracy", accuracy, "✓" if reached else "BROKEN"))
     difference = mirror_difference()
-    rows.append(
-        (
-            "*not asked:* the same logits for an image and its mirror image",
-            "up to rounding" if difference < 1e-4 else f"they differ by {difference:.0e}",
-        )
-    )
-    return markdown_table(("constraint", "measured"), rows)
+    same = "up to rounding" if difference < 1e-4 else f"they differ by {difference:.0e}"
+    rows.append(("*not asked:* the same logits for an image and its mirror image", same, ""))
+    return markdown_table(("asked", "measured", ""), rows)
 
 
 def mirror_difference() -> float:
-    """Return by how much the logits of the sample's test images and of their mirror images differ
-    at most.
-    """
-    model, images = load(NetDilated)[0], normalise(load_dataset("test", "sample").data)
+    """Return the largest difference between the logits of images and of their mirror images."""
+    model, images = load(NetDilated)[0], normalise(load_dataset("test", "sample").data[:50])
     with torch.no_grad():
         return (model(images) - model(images.flip(3))).abs().max().item()
 
@@ -236,6 +237,17 @@ def other_measurements() -> str:
     )
 
 
+def latency() -> str:
+    """The time of the network for one image and for a batch."""
+    measured = bench()["latency"]
+    rows = [
+        (name, f"{row['ms']:.1f}", f"{row['images_per_second']:.0f}")
+        for name, row in measured["rows"].items()
+    ]
+    table = markdown_table(("without gradients, fp32", "ms:", "images/s:"), rows)
+    return f"{table}\n\nMeasured on: {measured['hardware']}."
+
+
 def quick() -> str:
     """The runs of the quick recipe."""
     return markdown_table(
@@ -254,10 +266,59 @@ def quick() -> str:
 
 # ---------------------------------------------------------------- ablations
 
+BASE = ["NetDilated", "NetDilated, seed 1", "NetDilated, seed 2"]
+PLAIN = "plain kernels, 96, 128 and 176 channels in C2 to C4"
+TEACHERS = "10 epochs, teachers"
+EARLIER = "10 epochs, earlier networks with plain kernels"
+RESIZED = "upsampled to 64x64, progressive resizing"
+
 
 def ablations() -> dict[str, dict[str, dict]]:
     """Return the rows of all ablations, by table."""
     return json.loads((HERE / "ablations.json").read_text())
+
+
+IDEAS = (  # what changes, the table, the rows with it, and those without
+    ("mirrored kernels", "10 epochs", BASE, "10 epochs, other code", [PLAIN]),
+    (
+        "upsampling to 64x64 (plain kernels)",
+        EARLIER,
+        ["upsampled to 64x64"],
+        EARLIER,
+        ["without upsampling"],
+    ),
+    ("a teacher of equal size", TEACHERS, ["our teacher"], TEACHERS, ["no teacher"]),
+    ("Muon in place of SGD", "10 epochs", BASE, "10 epochs", ["SGD in place of Muon"]),
+    (
+        "pointwise before depthwise (plain kernels)",
+        EARLIER,
+        [RESIZED],
+        EARLIER,
+        [f"{RESIZED}, depthwise before pointwise"],
+    ),
+    (
+        "SiLU in place of ReLU (plain kernels)",
+        EARLIER,
+        [RESIZED],
+        EARLIER,
+        [f"{RESIZED}, ReLU in place of SiLU"],
+    ),
+)
+
+
+def ideas() -> str:
+    """What each idea gains in ten epochs, in points of held-out accuracy."""
+    rows = []
+    for name, table, with_it, other_table, without in IDEAS:
+        after, before = _mean_accuracy(table, with_it), _mean_accuracy(other_table, without)
+        rows.append((name, f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}"))
+    head = "idea", "without, %:", "with, %:", "gain, points:"
+    return markdown_table(head, sorted(rows, key=lambda row: -float(row[-1])))
+
+
+def _mean_accuracy(table, names):
+    rows = ablations()[table]
+    return statistics.mean(rows[name]["validation_accuracy"] for name in names)
 
 
 def all_ablations() -> str:
@@ -298,12 +359,15 @@ TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         headline,
+        corruptions,
+        ideas,
         results,
         seeds,
         constraints,
         training_step,
         whole_runs,
         input_pipeline,
+        latency,
         other_measurements,
         quick,
         all_ablations,

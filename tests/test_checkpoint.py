@@ -26,7 +26,8 @@ import checkpoint
 import train
 import utils
 from checkpoint import Checkpoint
-from dataset import CORES, load_dataset, make_loader, train_transform
+from dataset import load_dataset, train_transform
+from loader import CORES, make_loader
 from recipe import Recipe, make_optimizer, make_scheduler
 from tiny import SHORT, STEPS, Code, Run, Tiny, equal, state
 from utils import Log

@@ -29,7 +29,7 @@ IMPOSSIBLE = {  # what is allowed, and values that are not
         "one of NetDilated, PublishedDilated, PublishedDepthwise",
         ["ResNet", (), np.array(["a", "b"])],
     ),
-    "data": ("one of CIFAR-10, sample", ["MNIST", None, {}]),
+    "data": ("one of CIFAR-10, sample, tiny", ["MNIST", None, {}]),
     "validation_size": ("a whole number, 0 or more", [-1, 0.1]),
     "epochs": ("a whole number, 1 to 100000", [0, True, 2**70]),
     "batch_size": ("a whole number, 2 or more", [1, "256"]),

@@ -11,7 +11,8 @@ import torch
 
 import train
 import utils
-from dataset import load_dataset, make_loader
+from dataset import load_dataset
+from loader import make_loader
 from model import NetDilated
 from pretrained import load_metrics, save
 from published import NETWORKS

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import train
-from dataset import CIFAR10, load_dataset, make_loader
+from dataset import CIFAR10, load_dataset
+from loader import make_loader
 from published import conv
 from recipe import Recipe, seed_everything
 

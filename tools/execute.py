@@ -1,7 +1,6 @@
 """Execute the notebook with its progress: `python tools/execute.py S9.ipynb demo/S9.ipynb`."""
 
 import argparse
-import logging
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,6 @@ def main() -> None:
     parser.add_argument("notebook", type=Path)
     parser.add_argument("output", type=Path)
     options = parser.parse_args()
-    logging.disable(logging.WARNING)  # of the kernel's transport, which a reader can't judge
     notebook = nbformat.read(options.notebook, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     title, started = "", time.monotonic()
@@ -38,6 +36,7 @@ def main() -> None:
         on_cell_start=show,
         record_timing=False,
         coalesce_streams=True,
+        extra_arguments=["--log-level=ERROR"],  # no warning of its transport
         resources={"metadata": {"path": options.notebook.resolve().parent}},
     )
     error = None
