@@ -1,6 +1,8 @@
 # Each target works as the first command on a fresh machine: what it needs is installed into .venv.
 PYTHON ?= python3
 PY = .venv/bin/python
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+INSTALLED = .venv/installed-$(VERSION)
 PIP = $(PY) -m pip install -q --disable-pip-version-check --root-user-action=ignore
 DEMO = {"network": "NetDilated", "data": "sample", "validation_size": 0, "epochs": 8, "batch_size": 50, \
 	"optimizer": "Muon", "max_lr": 0.3, "muon_lr_ratio": 0.1, "warmup": 0.25, "momentum": [0.85, 0.95], \
@@ -8,24 +10,26 @@ DEMO = {"network": "NetDilated", "data": "sample", "validation_size": 0, "epochs
 	"distillation_weight": 0.9, "distillation_temperature": 4.0, "seed": 0, "num_workers": null, \
 	"device": "auto", "folder": "demo"}
 
-.PHONY: demo test lint train notebook publish quick bench tables clean
+.PHONY: install demo test lint train notebook publish quick bench tables clean
 
-demo: .venv/installed  ## the notebook on the sample of CIFAR-10, in demo/: minutes, no download
+install: $(INSTALLED)  ## what everything else needs, into .venv
+
+demo: $(INSTALLED)  ## the notebook on the sample of CIFAR-10, in demo/: minutes, no download
 	rm -rf demo
 	S9_SETTINGS='$(DEMO)' TQDM_DISABLE=1 $(PY) tools/execute.py S9.ipynb demo/S9.ipynb
 
-test: .venv/installed  ## the whole suite, the notebook included, offline
+test: $(INSTALLED)  ## the whole suite, the notebook included, offline
 	$(PY) -m pytest --nbval
 
-lint: .venv/installed  ## ruff, with the rules in pyproject.toml
+lint: $(INSTALLED)  ## ruff, with the rules in pyproject.toml
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-train: .venv/installed  ## the headline run, in runs/headline
+train: $(INSTALLED)  ## the headline run, in runs/headline
 	$(PY) train.py
 	$(PY) evaluate.py runs/headline --save
 
-notebook: .venv/installed  ## execute the notebook as "Run all" does, on CIFAR-10, in place
+notebook: $(INSTALLED)  ## execute the notebook as "Run all" does, on CIFAR-10, in place
 	TQDM_DISABLE=1 $(PY) tools/execute.py S9.ipynb S9.ipynb
 
 publish:  ## copy a finished run to weights/: make publish RUN=seed-1
@@ -35,20 +39,21 @@ publish:  ## copy a finished run to weights/: make publish RUN=seed-1
 	cp runs/$(RUN)/*.pt runs/$(RUN)/*.json weights/$(RUN:headline=)
 	if [ "$(RUN)" = headline ] && [ -d runs/headline/img ]; then cp runs/headline/img/*.png img/; fi
 
-quick: .venv/installed  ## 85 % in minutes
+quick: $(INSTALLED)  ## 85 % in minutes
 	$(PY) train.py --quick
 
-bench: .venv/installed  ## both sides of every comparison of speed, on CIFAR-10: benchmarks/bench.json
+bench: $(INSTALLED)  ## both sides of every comparison of speed, on CIFAR-10: benchmarks/bench.json
 	$(PY) -m benchmarks.bench
 
-tables: .venv/installed  ## the tables and charts in the Markdown files, from the committed files
+tables: $(INSTALLED)  ## the tables and charts in the Markdown files, from the committed files
 	$(PY) -m benchmarks.tables
 	$(PY) -m benchmarks.charts
 
-.venv/installed: requirements.txt
+$(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, \
 	$(PYTHON) is %s: make PYTHON=python3.12" % sys.version.split()[0])'
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import ensurepip' || { echo "$(PYTHON) has no ensurepip: apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv --clear .venv
 	$(PIP) -r requirements.txt
 	touch $@
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from checks import require
-from pretrained import load_metrics, one_line, serialised, write_file
+from pretrained import load_metrics, one_line, room, serialised, write_file
 from recipe import Recipe
 
 try:
@@ -119,7 +119,7 @@ class Checkpoint:
         except OSError as error:
             print(
                 f"{self.path} could not be written ({error.strerror}): training goes on, and an "
-                "older checkpoint is kept; make room to keep the next epochs",
+                f"older checkpoint is kept{room(error)}",
                 flush=True,
             )
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,8 @@ SMOKE = Recipe(
 )
 os.environ["S9_SETTINGS"] = json.dumps({**SMOKE.to_json(), "folder": SMOKE.folder})
 os.environ["TQDM_DISABLE"] = "1"
+os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # the tests write into temporary folders only
+sys.dont_write_bytecode = True
 
 
 def pytest_sessionstart():

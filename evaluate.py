@@ -109,17 +109,13 @@ def main(arguments: list[str] | None = None) -> None:
         results = evaluate(model, dataset, temperature_of(metrics), options.corruptions)
         print(report(results, f"{metrics['network']} on {dataset.title}"))
         if options.save:  # loss and accuracy stay as the run itself measured them
-            add_metrics({**results, **metrics}, options.folder, **_new(results, metrics))
+            new = {key: value for key, value in results.items() if key not in metrics["history"]}
+            add_metrics(metrics, options.folder, **new)
             print(f"saved in {options.folder}/{metrics['network']}.json")
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _new(results, metrics):
-    """Return the results without those that the run itself measured."""
-    return {name: value for name, value in results.items() if name not in metrics["history"]}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """Your own picture: open it, classify it, plot it: `python pictures.py cat.jpg dog.png`."""
 
 import argparse
+import contextlib
+import io
+import re
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -17,41 +21,74 @@ from model import NetDilated
 from plots import BLUE, finish_figure, show_image
 from pretrained import load, one_line
 
-Source = str | Path | Image.Image | np.ndarray
+Source = str | Path | bytes | BinaryIO | Image.Image | np.ndarray | torch.Tensor
+HEIC = b"heic", b"heix", b"hevc", b"mif1", b"msf1"  # the brands of HEIF files
 
 
 def open_picture(source: Source) -> np.ndarray:
-    """Return a picture as the uint8 (side, side, 3) array of its largest centred square, as a
-    person sees it.
+    """Return the largest centred square of a picture, as a person sees it: uint8 (side, side, 3).
+
+    EXIF orientation is obeyed; colours of another profile become sRGB; what is transparent becomes
+    white; greyscale, palette, 16-bit and CMYK pictures become RGB; of an animation the first
+    picture is taken.
 
     Args:
-        source: the path of an image file, a PIL image, or an array: uint8 or uint16 of (H, W), (H,
-            W, 1), (H, W, 3) or (H, W, 4), or floats of these shapes from 0 to 1. EXIF orientation
-            is obeyed; what is transparent becomes white; greyscale, palette, 16-bit and CMYK
-            pictures become RGB; of an animation the first picture is taken.
+        source: the path of an image file, the bytes of one, an open file, a PIL image, an array, or
+            a tensor. Arrays are uint8 or uint16 of (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or
+            floats of these shapes from 0 to 1; tensors are (3, H, W) or (1, H, W).
 
     Raises:
         ValueError: it is none of these, is damaged, empty or larger than 179 megapixels.
     """
     name = str(source) if isinstance(source, (str, Path)) else f"the {type(source).__name__}"
     try:
-        image = _from_array(source) if isinstance(source, np.ndarray) else source
-        if isinstance(source, (str, Path)):
-            image = Image.open(source)
-        if not isinstance(image, Image.Image):
-            raise ValueError("it is no path, PIL image or array")
-        if not min(image.size):
-            raise ValueError(f"it is empty, {image.width} x {image.height} pixels")
-        rgb = np.array(_to_rgb(ImageOps.exif_transpose(image)))
+        with contextlib.ExitStack() as opened:
+            rgb = np.array(_to_rgb(_open(source, opened)))
     except Exception as error:  # PIL's decoders raise errors of many kinds on damaged files
         raise ValueError(
             f"{name} can't be used as a picture ({one_line(error)}): give a path of a PNG or JPEG "
-            "file, a PIL image, or an array of shape (H, W) or (H, W, 3), uint8 or floats from 0 "
-            "to 1"
+            "file, its bytes, a PIL image, or an array of shape (H, W) or (H, W, 3), uint8 or "
+            "floats from 0 to 1"
         ) from error
     side = min(rgb.shape[:2])
     top, left = ((length - side) // 2 for length in rgb.shape[:2])
     return rgb[top : top + side, left : left + side]
+
+
+def _open(source, opened):
+    """Return a source as a PIL image. What is opened here is closed with `opened`."""
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu().movedim(0, -1).numpy()
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, str) and re.match(r"(https?|ftp|file)://", source):
+        raise ValueError("it is an address: download it first, and give the path of the file")
+    if isinstance(source, (str, Path)):
+        source = opened.enter_context(open(Path(source).expanduser(), "rb"))
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)
+    if hasattr(source, "read"):
+        source = opened.enter_context(_open_file(source))
+    if not isinstance(source, Image.Image):
+        raise ValueError("it is no path, file, PIL image, array or tensor")
+    if not min(source.size):
+        raise ValueError(f"it is empty, {source.width} x {source.height} pixels")
+    return ImageOps.exif_transpose(source)
+
+
+def _open_file(file):
+    """Return the image in a binary file. Of HEIC photographs, it needs the package pillow-heif."""
+    head = file.read(12)
+    file.seek(0)
+    if head[4:8] == b"ftyp" and head[8:12] in HEIC:
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            raise ValueError(
+                "it is an HEIC photograph: save it as JPEG, or pip install pillow-heif"
+            ) from None
+        register_heif_opener()
+    return Image.open(file)
 
 
 def _from_array(array):
@@ -65,26 +102,31 @@ def _from_array(array):
             raise ValueError("its floats are not all from 0 to 1")
         array = np.round(255 * array).astype(np.uint8)
     elif array.dtype == np.uint16:
-        array = (array >> 8).astype(np.uint8)
+        shift = 8 if array.max(initial=0) > 255 else 0  # it may hold values of 8 bits
+        array = (array >> shift).astype(np.uint8)
     elif array.dtype != np.uint8:
         raise ValueError(f"its type is {array.dtype}")
     return Image.fromarray(array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
 def _to_rgb(image):
-    """Return a PIL image of any mode as RGB, on white where it is transparent."""
+    """Return a PIL image of any mode as RGB in sRGB colours, on white where it is transparent."""
+    profile = image.info.get("icc_profile")
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_to_bytes(np.asarray(image), image.mode))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if profile and image.mode in ("RGB", "RGBA", "CMYK"):
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a damaged profile is no profile
+            image = ImageCms.profileToProfile(
+                image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
     return image.convert("RGB")
 
 
 def _to_bytes(values, mode):
-    """Return the values of a PIL image of mode I or F as bytes: they are of 8 or 16 bits, or floats
-    from 0 to 1.
-    """
+    """Return the values of a PIL image of mode I or F, of 8 or 16 bits or 0 to 1, as bytes."""
     if not (np.isfinite(values).all() and 0 <= values.min() and values.max() <= 65535):
         raise ValueError(f"its values, of mode {mode}, are not all from 0 to 65535")
     if mode.startswith("I;") or values.max() > 255:
@@ -101,8 +143,7 @@ def classify(
     temperature: float = 1.0,
     classes: tuple[str, ...] = CLASSES,
 ) -> list:
-    """Classify pictures of any size: return the `count` likeliest (class, probability) pairs of
-    each, in order.
+    """Return the `count` likeliest (class, probability) pairs of pictures of any size, in order.
 
     The model is left in evaluation mode.
 
@@ -131,13 +172,13 @@ def classify(
     require("temperature", temperature, "a number above 0", positive(temperature))
     if not isinstance(sources, list):
         return classify(model, [sources], count, temperature, classes)[0]
-    device, shrink = next(model.parameters()).device, test_transform()
+    like, shrink = next(model.parameters(), torch.zeros(())), test_transform()
     model.eval()
     results = []
     for source in tqdm(sources, unit="picture", leave=False, disable=len(sources) < 10):
         small = shrink(image=open_picture(source))["image"]
         with torch.no_grad():
-            logits = model(normalise(small[None]).to(device))[0].float().cpu()
+            logits = model(normalise(small[None]).to(like))[0].float().cpu()
         require(
             "the number of classes",
             len(classes),

@@ -5,6 +5,7 @@ SHA-256 among them. Each file is written aside and then renamed, so that the old
 replacement is complete.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -33,8 +34,20 @@ def save(model: nn.Module, metrics: dict, folder: str | Path) -> dict:
             return saved
     except (OSError, ValueError):
         pass  # nothing whole is saved there yet
-    write_file(path, serialised({key: value.cpu() for key, value in model.state_dict().items()}))
+    weights = inner_network(model).state_dict()
+    write_file(path, serialised({key: value.cpu() for key, value in weights.items()}))
     return add_metrics({**metrics, "sha256": _sha256(path)}, folder)
+
+
+def inner_network(model: nn.Module) -> nn.Module:
+    """Return the network inside `torch.compile` and nn.DataParallel, which is what is saved."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def add_metrics(metrics: dict, folder: str | Path, **more) -> dict:
@@ -114,7 +127,11 @@ def load_metrics(name: str, folder: str | Path = WEIGHTS) -> dict:
 def write_file(path: str | Path, content: bytes, keep: Path | None = None) -> None:
     """Write a new file aside, then put it in the place of `path` at once.
 
-    The old one becomes `keep`, if that is given. An OSError names the file.
+    The old one becomes `keep`, if that is given.
+
+    Raises:
+        OSError: it can't be written; or it can't take the place of the old one, as where a virus
+            scanner holds that: then both are kept, and the message names both.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,9 +146,13 @@ def write_file(path: str | Path, content: bytes, keep: Path | None = None) -> No
         if isinstance(error, OSError):  # a full disk does not say of itself which file it is about
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    if keep and path.exists():
-        os.replace(path, keep)
-    os.replace(new, path)
+    try:
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(new, path)
+    except OSError as error:
+        reason = f"{error.strerror}: the old file stays, the new one is {new}"
+        raise OSError(error.errno, reason, str(path)) from error
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -147,6 +168,11 @@ def serialised(state: object) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
+
+
+def room(error: OSError) -> str:
+    """Return what to do where a file could not be written: make room, if the disk is full."""
+    return "; make room" if error.errno == errno.ENOSPC else ""
 
 
 def one_line(error: Exception) -> str:

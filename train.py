@@ -20,7 +20,7 @@ from dataset import A, load_dataset, train_transform
 from device import hardware, keep_freed_memory, make_scaler, pick_device, to_device
 from loader import make_loader
 from model import NetDilated
-from pretrained import add_metrics, load, save
+from pretrained import add_metrics, inner_network, load, save
 from published import NETWORKS, find_network
 from recipe import Recipe, make_optimizer, make_scheduler, seed_everything
 
@@ -95,16 +95,20 @@ def fit(
     teacher = teacher and to_device(teacher, device)
     optimizer, scaler = make_optimizer(model, recipe), make_scaler(device)
     scheduler = make_scheduler(optimizer, recipe, len(train_loader))
-    path = Path(recipe.folder, f"{type(model).__name__}.ckpt")
+    network = inner_network(model)  # the one that is saved
+    path = Path(recipe.folder, f"{type(network).__name__}.ckpt")
     log = utils.Log(path.with_suffix(".csv"), recipe)
     parts = {
-        "model": model,
+        "model": network,
         "optimizer": optimizer,
         "scheduler": scheduler,
         "scaler": scaler,
         "log": log,
     }
-    print(f"on {hardware(device)}, data: {train_loader.dataset.title}, epochs: {recipe.epochs}")
+    print(
+        f"on {hardware(device)}, data: {train_loader.dataset.title}, epochs: {recipe.epochs}, "
+        f"written to {recipe.folder}/"
+    )
     checkpoint = Checkpoint(path, recipe, train_loader, parts, teacher, restart)
     seed_everything(recipe.seed, train_loader)  # whatever was drawn since the weights
     with checkpoint, log:

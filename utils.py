@@ -37,7 +37,7 @@ from plots import (  # noqa: F401
     plot_reliability,
     plot_schedule,
 )
-from pretrained import write_file
+from pretrained import inner_network, write_file
 from recipe import Recipe
 
 CORRUPTIONS = {  # of test images, at five severities; JPEG and more brightness are not in training
@@ -319,6 +319,7 @@ def run_metrics(
     all, and `recipe` the settings that affect the result.
     """
     last = {column: values[-1] for column, values in history.items() if column != "seconds"}
+    model = inner_network(model)
     return {
         "network": type(model).__name__,
         "data": data,

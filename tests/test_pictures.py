@@ -1,17 +1,23 @@
 """Your own picture: any size and mode as a person would see it, and one line for what is none."""
 
+import gc
+import io
+import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torch import nn
 
 import dataset
 from dataset import CLASSES, normalise
-from pictures import classify, open_picture, plot_picture
+from pictures import classify, main, open_picture, plot_picture
 
+HERE = Path(__file__).parent.parent
 RED, BLUE = (200, 30, 20), (10, 40, 220)
 
 
@@ -41,6 +47,90 @@ def test_files_of_all_modes_give_the_largest_centred_square(suffix, mode, halves
     for source in (path, str(path), Image.open(path)):
         picture = open_picture(source)
         assert picture.shape == (40, 40, 3) and is_red(picture[:, 4:-4])  # JPEG blurs the edge
+
+
+def test_bytes_open_files_tensors_and_the_home_folder_are_taken(halves, tmp_path, monkeypatch):
+    path = tmp_path / "picture.png"
+    Image.fromarray(halves).save(path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = open_picture(path)
+    tensor = torch.from_numpy(halves).movedim(-1, 0)
+    with open(path, "rb") as file:
+        sources = (path.read_bytes(), io.BytesIO(path.read_bytes()), file, tensor, tensor / 255)
+        for source in (*sources, "~/picture.png", Path("~/picture.png")):
+            assert np.array_equal(open_picture(source), expected)
+        assert not file.closed  # it is the caller's
+
+
+@pytest.mark.filterwarnings("error::ResourceWarning")
+@pytest.mark.parametrize("ending", ["gif", "png", "tiff"])
+def test_files_are_closed_again(ending, tmp_path):
+    path = tmp_path / f"moving.{ending}"
+    first, second = (Image.new("RGB", (9, 9), colour) for colour in (RED, BLUE))
+    first.save(path, save_all=True, append_images=[second])
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    assert is_red(open_picture(path), 0)
+    gc.collect()
+    assert not before or len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_array_of_16_bits_may_hold_values_of_8(halves):
+    assert np.array_equal(open_picture(halves.astype(np.uint16)), open_picture(halves))
+
+
+@pytest.mark.parametrize("address", ["https://example.org/cat.jpg", "file:///tmp/cat.jpg"])
+def test_an_address_is_to_be_downloaded_first(address):
+    with pytest.raises(ValueError, match="it is an address: download it first, and give the path"):
+        open_picture(address)
+
+
+def test_an_heic_photograph_is_named_with_the_remedy_whatever_its_ending(tmp_path, monkeypatch):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ValueError, match="HEIC photograph: save it as JPEG, or pip install pill"):
+        open_picture(path)
+    registered = []
+    plugin = SimpleNamespace(register_heif_opener=lambda: registered.append(True))
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    with pytest.raises(ValueError, match="cannot identify image file"):  # this one is no picture
+        open_picture(path)
+    assert registered
+
+
+def test_colours_of_another_profile_become_srgb(tmp_path):
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image = Image.new("RGB", (9, 9), RED)
+    image.save(tmp_path / "same.png", icc_profile=srgb)
+    image.save(tmp_path / "damaged.png", icc_profile=b"no profile")
+    assert is_red(open_picture(tmp_path / "same.png"), 1)
+    assert is_red(open_picture(tmp_path / "damaged.png"), 0)
+    wide = tmp_path / "wide.png"
+    image.save(wide, icc_profile=wide_gamut(srgb))
+    red, green, blue = open_picture(wide)[0, 0].astype(int)
+    assert red > RED[0] + 5 and green < RED[1]
+
+
+def wide_gamut(profile):
+    """Return an sRGB profile with the primaries of Display P3, the colorants of Apple's one."""
+    primaries = {
+        b"rXYZ": (0.51512, 0.24120, -0.00105),
+        b"gXYZ": (0.29198, 0.69225, 0.04189),
+        b"bXYZ": (0.15710, 0.06657, 0.78407),
+    }
+    data = bytearray(profile)
+    for entry in range(int.from_bytes(data[128:132], "big")):
+        place = 132 + 12 * entry
+        name, start = (
+            bytes(data[place : place + 4]),
+            int.from_bytes(data[place + 4 : place + 8], "big"),
+        )
+        if name in primaries:
+            values = (round(value * 65536) for value in primaries[name])
+            data[start + 8 : start + 20] = b"".join(
+                value.to_bytes(4, "big", signed=True) for value in values
+            )
+    return bytes(data)
 
 
 def test_a_high_picture_is_cropped_above_and_below(halves):
@@ -141,7 +231,7 @@ def containing(content):
         (lambda _: np.zeros((3, 9, 9), np.uint8), r"shape is \(3, 9, 9\)"),
         (lambda _: np.zeros((9, 9, 3), int), "type is int"),
         (lambda _: Image.new("RGB", (9, 0)), "empty, 9 x 0 pixels"),
-        (lambda _: None, "no path, PIL image or array"),
+        (lambda _: None, "no path, file, PIL image, array or tensor"),
         (
             lambda _: Image.new("F", (9, 9), float("nan")),
             "its values, of mode F, are not all from 0 to 65535",
@@ -203,6 +293,25 @@ def test_classify_one_and_many():
     assert classify(model, bright, 1, classes=tuple("abcdefghij"))[0][0] == "i"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_pictures_take_the_type_of_the_network(dtype):
+    model, bright = Brightness().to(dtype), np.full((9, 9), 255, np.uint8)
+    seen = []
+    model.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0].dtype))
+    assert classify(model, bright, count=1)[0][0] == "ship" and seen == [dtype]
+
+
+def test_a_network_without_parameters_and_a_wrapped_one_classify():
+    bright = np.full((9, 9), 255, np.uint8)
+    model = Brightness()
+    expected = classify(model, bright)
+    assert classify(nn.DataParallel(model), bright) == expected
+    assert classify(torch.compile(model, backend="eager"), bright) == expected
+    del model.scale
+    model.scale = 1
+    assert classify(model, bright) == expected
+
+
 def test_a_temperature_divides_the_logits():
     sharp, soft = (
         dict(classify(Brightness(), np.full((9, 9), 255, np.uint8), 10, temperature))
@@ -255,3 +364,20 @@ def test_the_figure_shows_the_picture_what_the_network_sees_and_the_classes(tmp_
         small, dataset.test_transform()(image=noise)["image"]
     )
     assert len(figure.axes[2].patches) == 5 and (tmp_path / "img" / "picture.png").exists()
+
+
+def test_the_command_names_the_classes_of_each_picture_and_goes_on_after_a_bad_one(
+    tmp_path, capsys
+):
+    ship = str(HERE / "sample" / "ship.jpg")
+    with pytest.raises(SystemExit) as end:
+        main([ship, str(tmp_path / "missing.png"), ship])
+    captured = capsys.readouterr()
+    assert end.value.code == 1 and captured.out.count(f"{ship}: ship ") == 2
+    assert "missing.png can't be used as a picture" in captured.err
+    with pytest.raises(SystemExit) as end:
+        main([ship, "--save", str(tmp_path / "figure.png")])
+    assert end.value.code == 0 and (tmp_path / "figure.png").exists()
+    with pytest.raises(SystemExit):
+        main([ship, ship, "--save", "figure.png"])
+    assert "--save draws one picture" in capsys.readouterr().err

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import pretrained
+import utils
 from model import NetDilated
 from pretrained import add_metrics, load, load_metrics, save, write_file
 from recipe import seed_everything
@@ -111,6 +113,17 @@ def test_a_network_of_ones_own_comes_back_by_its_class_or_a_builder(tmp_path):
         assert equal(state(model), state(loaded)) and metrics["network"] == "Tiny"
 
 
+def test_of_a_wrapped_network_the_inner_one_is_saved(tmp_path):
+    model = Tiny()
+    for number, wrapped in enumerate(
+        (nn.DataParallel(model), torch.compile(nn.DataParallel(model), backend="eager"))
+    ):
+        metrics = utils.run_metrics(wrapped, SHORT, {"seconds": [1.0]}, "data")
+        assert metrics["network"] == "Tiny"
+        save(wrapped, metrics, tmp_path / str(number))
+        assert equal(state(load(Tiny, tmp_path / str(number))[0]), state(model))
+
+
 def whole_model():
     buffer = io.BytesIO()
     torch.save(Tiny(), buffer)
@@ -178,6 +191,23 @@ def test_nothing_is_overwritten_before_its_replacement_is_complete(tmp_path, mon
     monkeypatch.undo()
     write_file(path, b"new", keep=tmp_path / "kept.png")
     assert path.read_bytes() == b"new" and (tmp_path / "kept.png").read_bytes() == b"old"
+
+
+def test_where_the_old_file_cannot_be_replaced_both_are_kept_and_named(tmp_path, monkeypatch):
+    """As where a virus scanner or OneDrive holds it, on Windows."""
+    path = tmp_path / "figure.png"
+    path.write_bytes(b"old")
+
+    def denied(old, new):
+        raise PermissionError(errno.EACCES, "Access is denied")
+
+    monkeypatch.setattr(os, "replace", denied)
+    with pytest.raises(OSError, match="Access is denied: the old file stays, the new one is .*new"):
+        write_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert path.with_name("figure.png.new").read_bytes() == b"new"
+    assert pretrained.room(OSError(errno.EACCES, "")) == ""
+    assert pretrained.room(OSError(errno.ENOSPC, "")) == "; make room"
 
 
 # ---------------------------------------------------------------- torch.hub

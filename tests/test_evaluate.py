@@ -1,0 +1,87 @@
+"""Saved weights on the test set: what is measured, shown and saved."""
+
+import json
+
+import pytest
+
+import evaluate
+import tiny
+import utils
+from dataset import load_dataset
+from loader import make_loader
+from pretrained import WEIGHTS, load_metrics, save
+from recipe import Recipe
+from tiny import HISTORY, SHORT, Tiny, confident
+
+TINY = ("--data", "tiny", "--network", f"{tiny.__file__}:Tiny")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The folder of a small network with its weights and metrics."""
+    save(Tiny(), {"network": "Tiny", "recipe": SHORT.to_json(), "history": HISTORY}, tmp_path)
+    return tmp_path
+
+
+def exit_of(*arguments):
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(list(arguments))
+    return end.value.code
+
+
+def test_loss_accuracies_and_calibration_are_those_of_the_logits(monkeypatch):
+    """A tenth of the images is taken for the next class, with a confidence of 90 %."""
+    dataset, model = load_dataset("test", "tiny"), Tiny()
+    logits = confident(dataset, 0.9, 180)
+    labels = next(iter(make_loader(dataset, 200)))[1]
+    monkeypatch.setattr(utils, "predict", lambda model, loader: (logits, labels))
+    monkeypatch.setattr(utils, "sample_mistakes", lambda model: [1, 2])
+    results = evaluate.evaluate(model, dataset, temperature=2.0)
+    assert results["test_accuracy"] == pytest.approx(90)
+    assert list(results["accuracy_by_class"].values()) == [pytest.approx(90)] * 10
+    assert results["calibration_error"] == pytest.approx(0, abs=0.01)
+    assert results["calibration_error_scaled"] > 10 and results["temperature"] == 2
+    assert results["sample_mistakes"] == [1, 2] and "accuracy_under_corruptions" not in results
+    text = evaluate.report(results, "title")
+    assert text.startswith("title: 90.00 %, loss 0.") and text.count("90.0 %") == 10
+
+
+def test_the_command_shows_accuracy_by_class_and_under_corruptions_if_asked(saved, capsys):
+    evaluate.main([str(saved), *TINY, "--corruptions"])
+    text = capsys.readouterr().out
+    assert text.startswith("Tiny on a sample of CIFAR-10, 200 images: ") and "airplane" in text
+    assert "darkness" in text and "under corruptions" in text
+
+
+def test_results_are_saved_but_the_runs_own_figures_stay(saved, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_dataset", lambda *_: load_dataset("test", "tiny"))
+    evaluate.main([str(saved), *TINY[2:], "--save"])
+    metrics = json.loads((saved / "Tiny.json").read_text())
+    assert len(metrics["accuracy_by_class"]) == 10 and metrics["history"] == HISTORY
+    assert "test_loss" not in metrics  # the history has it
+    history = {"validation_loss": [1.0], "seconds": [1.0]}
+    save(Tiny(), {"network": "Tiny", "recipe": SHORT.to_json(), "history": history}, saved)
+    evaluate.main([str(saved), *TINY[2:], "--save"])  # a run that held out images
+    assert 0 <= json.loads((saved / "Tiny.json").read_text())["test_accuracy"] <= 100
+
+
+def test_only_the_headline_recipe_has_the_temperature_of_the_held_out_run():
+    held_out = load_metrics("NetDilated", WEIGHTS / "held-out")["temperature"]
+    assert evaluate.temperature_of({"recipe": Recipe(seed=3).to_json()}) == held_out
+    assert evaluate.temperature_of({"recipe": SHORT.to_json()}) == 1
+    assert evaluate.temperature_of({"recipe": SHORT.to_json(), "temperature": 1.5}) == 1.5
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nowhere"], "evaluate.py: nowhere/NetDilated.pt is not there: train NetDilated first"),
+        (["--data", "MNIST"], "evaluate.py: data is 'MNIST': choose one of CIFAR-10, sample"),
+        (["--data", "tiny", "--save"], "evaluate.py: only results on CIFAR-10 are saved"),
+        (["--network", "ResNet"], "evaluate.py: network is 'ResNet': choose one of NetDilated"),
+        (["--data", "tiny", "--device", "cuda:9"], "evaluate.py: device is 'cuda:9', which is not"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(arguments, message):
+    text = exit_of(*arguments)
+    assert text.startswith(message) and "\n" not in text
