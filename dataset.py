@@ -5,9 +5,12 @@ import hashlib
 import os
 import pickle
 import random
+import re
+import shlex
 import shutil
 import tempfile
 import warnings
+from importlib.metadata import distributions
 from multiprocessing.context import get_spawning_popen
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
@@ -20,13 +23,20 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, extract_archive
 
 from checks import one_of, require, whole
 from device import memory_format
+from loader import entropy
 
-if int(A.__version__.split(".")[0]) < 2:  # it would ignore the colour of the hole, with a warning
-    raise ImportError(f"albumentations {A.__version__} is too old: pip install -r requirements.txt")
+HERE = Path(__file__).parent
+# Others would ignore the colour of the hole, or have no ShiftScaleRotate; from 2.0.9 on, it is
+# AlbumentationsX, which is imported under the same name.
+if not re.fullmatch(r"2\.0\.[0-8]", A.__version__) or any(distributions(name="albumentationsx")):
+    raise ImportError(
+        f"this is not tested with albumentations {A.__version__}: pip uninstall -y albumentations "
+        f"albumentationsx && pip install -r {shlex.quote(str(HERE / 'requirements.txt'))}"
+    )
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 MEAN = (0.4914, 0.4822, 0.4465)  # of the 50,000 training images, by channel, 0 to 1
@@ -140,37 +150,54 @@ class CIFAR10(torchvision.datasets.CIFAR10):
     def download(self) -> None:
         """Download and unpack the data, unless they are there.
 
+        Both happen aside, and only whole files are moved to their places. So several runs can do it
+        at once, and one that is cut leaves nothing behind.
+
         Raises:
-            OSError: there is no room for them.
+            OSError: there is no room for them, or they are not what was asked for.
         """
         if self._check_integrity():
             return
-        if not check_integrity(Path(self.root) / self.filename, self.tgz_md5):
-            print(f"downloading {self.title} to {self.root}: 170 MB, 350 MB with what is unpacked")
-            folder = _existing(Path(self.root))
-            if shutil.disk_usage(folder).free < self.required_bytes:
-                raise OSError(f"there is no room: {self.required_bytes // 2**20} MB are needed")
-        super().download()
+        archive = Path(self.root, self.filename)
+        batches = Path(self.root, self.base_folder)
+        batches.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.root, prefix="download-") as folder:
+            if not check_integrity(archive, self.tgz_md5):
+                print(f"downloading {self.title} to {self.root}: 170 MB, 350 MB with its contents")
+                if shutil.disk_usage(folder).free < self.required_bytes:
+                    raise OSError(f"there is no room: {self.required_bytes // 2**20} MB are needed")
+                download = Path(folder, self.filename)
+                torch.hub.download_url_to_file(self.url, str(download))
+                if not check_integrity(download, self.tgz_md5):
+                    raise OSError("the download was cut, or is another file")
+                os.replace(download, archive)
+            extract_archive(archive, folder)
+            batches.mkdir(exist_ok=True)
+            for path in Path(folder, self.base_folder).iterdir():
+                os.replace(path, batches / path.name)
 
     def __getitem__(self, index):
+        self._seed()
+        return self._item(index)
+
+    def __getitems__(self, indices):
+        """Return the items of one batch; DataLoader calls this."""
+        self._seed(indices)
+        return [self._item(index) for index in indices]
+
+    def _seed(self, indices=None):
+        """Seed the augmentations of a batch, or of one image: see `entropy`."""
+        if self.transform:
+            seed = np.random.SeedSequence([self.seed, *entropy(indices)])
+            self.transform.set_random_state(
+                np.random.default_rng(seed), random.Random(int(seed.generate_state(1)[0]))
+            )
+
+    def _item(self, index):
         image = self.data[index]
         if self.transform:
             image = self.transform(image=image)["image"]
         return image, self.targets[index]
-
-    def __getitems__(self, indices):
-        """Return the items of one batch; DataLoader calls this.
-
-        The indices of the batch seed its augmentations. So they don't depend on the number of
-        workers, and no two batches or epochs, which are shuffled differently, share a stream of
-        random numbers, unless a batch is one image.
-        """
-        if self.transform:
-            seed = np.random.SeedSequence([self.seed, *indices])
-            self.transform.set_random_state(
-                np.random.default_rng(seed), random.Random(int(seed.generate_state(1)[0]))
-            )
-        return [self[index] for index in indices]
 
     def __getstate__(self):
         """Return what is pickled, for a process that starts without a copy of this one's memory
@@ -203,18 +230,15 @@ class CIFAR10(torchvision.datasets.CIFAR10):
                     f"{folder / name} is missing or damaged ({cause}): remove {folder} and run "
                     f"again to download {self.title}, or unpack {self.filename} there again"
                 )
-        if os.path.exists(archive) and not check_integrity(archive, self.tgz_md5):
-            return (
-                f"{archive} is incomplete or damaged ({cause}): run again with a network, or "
-                f"fetch it from {self.url}"
-            )
-        existing = _existing(root)
+        existing = next(path for path in (root, *root.resolve().parents) if os.path.exists(path))
         if not (os.path.isdir(existing) and os.access(existing, os.W_OK)):
             return f"{root} can't be written ({cause}): name another folder with CIFAR10_ROOT"
+        state = "is incomplete or damaged" if os.path.exists(archive) else "is not there"
         return (
-            f"{self.title} is not in {root} and could not be downloaded ({cause}): put "
-            f"{self.filename} from {self.url} into {root} and run again, or run `make demo`, which "
-            "needs no download"
+            f"{archive} {state} and could not be downloaded ({cause}): run again; or run "
+            f"`curl -C - -o {shlex.quote(str(archive))} {self.url}`, again where it is cut, which "
+            f"goes on from there; or put {self.filename} there from anywhere else, with the MD5 "
+            f"{self.tgz_md5}; or run `make demo`, which needs no download"
         )
 
 
@@ -230,7 +254,7 @@ class CIFAR10Sample(CIFAR10):
     columns = 50  # images in a row of a sheet
 
     def __init__(self, root=None, train=True, transform=None, seed=0):
-        root = Path(root or Path(__file__).parent / "sample").expanduser()
+        root = Path(root or HERE / "sample").expanduser()
         split = "train" if train else "test"
         torchvision.datasets.VisionDataset.__init__(self, root, transform=transform)
         self.train, self.seed, self.classes = train, seed, list(CLASSES)
@@ -263,8 +287,8 @@ DATASETS = {"CIFAR-10": CIFAR10, "sample": CIFAR10Sample, "tiny": CIFAR10Tiny}
 
 
 def data_folder() -> Path:
-    """Return the folder of the data sets: `CIFAR10_ROOT`, or `data` in the working folder."""
-    return Path(os.environ.get("CIFAR10_ROOT") or "data")
+    """Return the folder of CIFAR-10: `CIFAR10_ROOT`, or `data` in the repository."""
+    return Path(os.environ.get("CIFAR10_ROOT") or HERE / "data")
 
 
 def load_dataset(
@@ -329,11 +353,6 @@ def _write_for_others(images):
             np.save(file, images)
         os.replace(file.name, path)  # whole or not at all, whatever other threads do
     return path
-
-
-def _existing(path):
-    """Return the path, or the nearest folder above it that exists."""
-    return next(each for each in (path, *path.resolve().parents) if os.path.exists(each))
 
 
 def _readable(path, md5):

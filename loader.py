@@ -2,15 +2,20 @@
 run.
 """
 
+import copy
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
+import zlib
 from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from checks import require, whole
 
@@ -45,9 +50,7 @@ def make_loader(
         f"1 to {len(dataset)}, the size of the data set",
         whole(1, len(dataset))(batch_size),
     )
-    order = None
-    if shuffle:
-        order = RandomSampler(dataset, generator=torch.Generator().manual_seed(seed))
+    order = _Shuffled(dataset, batch_size, seed) if shuffle else _InOrder(dataset)
     if num_workers is None:
         num_workers = min(CORES, 8) if shuffle else 0
     return _Loader(
@@ -58,12 +61,13 @@ def make_loader(
         collate_fn=_collate,
         persistent_workers=num_workers > 0,
         worker_init_fn=_init_worker,
-        generator=torch.Generator(),  # of the workers' own seeds, which nothing here uses
+        # Of the workers' own seeds: PyTorch would draw them from the generator of the training.
+        generator=torch.Generator(),
     )
 
 
 class _Loader(DataLoader):
-    """Makes tensors of the arrays that workers hand over.
+    """Reads a data set through `_Batches`, and makes tensors of the arrays that workers hand over.
 
     Workers would take longer to hand over tensors, and need shared memory, of which Docker has
     little. After an epoch that was broken off, as by Ctrl-C, the next one starts new workers.
@@ -81,6 +85,107 @@ class _Loader(DataLoader):
                 batch = tuple(part.pin_memory() for part in batch)
             yield batch
         self.complete = True
+
+    def _get_iterator(self):
+        loader = copy.copy(self)
+        vars(loader)["dataset"] = _Batches(self.dataset)
+        return DataLoader._get_iterator(loader)
+
+
+class _Batch(NamedTuple):
+    """What `entropy` needs to know of the batch that one of our loaders is reading."""
+
+    indices: list[int]
+    epoch: list[int]  # one number, or none where the indices are another epoch's by chance only
+    images: Iterator[int]  # counts them
+
+
+_BATCH: ContextVar[_Batch | None] = ContextVar("_BATCH", default=None)
+
+
+def entropy(indices: list[int] | None = None) -> list[int]:
+    """Return the numbers that seed the augmentations of a batch, or of one image if there are no
+    indices: others in each epoch.
+
+    In a loader of `make_loader`, the indices of the batch are those numbers. So they don't depend
+    on the number of workers, and they are the same after a resume. In any other loader, they come
+    from PyTorch's own generator, which every worker has seeded for itself.
+    """
+    batch = _BATCH.get()
+    if batch is None:
+        return torch.randint(2**63 - 1, (1,)).tolist()
+    if indices is not None and len(indices) == len(batch.indices):
+        return [*indices, *batch.epoch]
+    # A data set around ours, such as ConcatDataset, asks for one image after the other.
+    return [*batch.indices, *batch.epoch, next(batch.images)]
+
+
+class _Batches:
+    """The data set as our loaders read it: `entropy` knows the batch.
+
+    A sampler may add a multiple of the size of the data set to an index, to say in which epoch.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitems__(self, numbers):
+        size = len(self.dataset)
+        epoch, indices = numbers[0] // size, [number % size for number in numbers]
+        token = _BATCH.set(_Batch(indices, [epoch] if epoch else [], itertools.count()))
+        try:
+            if hasattr(self.dataset, "__getitems__"):
+                return self.dataset.__getitems__(indices)
+            return [self.dataset[index] for index in indices]
+        finally:
+            _BATCH.reset(token)
+
+
+class _Shuffled(RandomSampler):
+    """A new order in each epoch. Only a batch of one image would have the same indices again: its
+    number says which epoch it is, by the state of the generator.
+    """
+
+    def __init__(self, dataset, batch_size, seed):
+        super().__init__(dataset, generator=torch.Generator().manual_seed(seed))
+        self.batch_size = batch_size
+
+    def __iter__(self):
+        order = list(super().__iter__())
+        alone = 0  # how many images at the end are batches of their own
+        if self.batch_size == 1:
+            alone = len(order)
+        elif len(order) % self.batch_size == 1:
+            alone = 1
+        epoch = zlib.crc32(self.generator.get_state().numpy())
+        yield from order[: len(order) - alone]
+        for index in order[len(order) - alone :]:
+            yield index + epoch * len(order)
+
+
+class _InOrder(SequentialSampler):
+    """The same order in each epoch, with numbers that say which epoch it is, counted from 0."""
+
+    epoch = 0
+
+    def __iter__(self):
+        start = self.epoch * len(self)
+        self.epoch += 1
+        return iter(range(start, start + len(self)))
+
+
+def refuse_while_importing() -> None:
+    """Refuse to train in a process that is only importing the user's script, as each worker does
+    that is not forked: it would train, too.
+
+    Raises:
+        RuntimeError: this is such a process.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as Python itself asks
+        raise RuntimeError(
+            "a worker process imports this script, and must not train: write what the script does "
+            'below `if __name__ == "__main__":`'
+        )
 
 
 def _init_worker(worker):

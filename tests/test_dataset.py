@@ -9,12 +9,14 @@ import multiprocessing
 import os
 import pickle
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 import tarfile
 import threading
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import set_spawning_popen
 from pathlib import Path
 from unittest.mock import Mock
@@ -56,10 +58,29 @@ def test_importing_all_modules_is_silent_and_touches_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_old_albumentations_is_refused(monkeypatch):
-    monkeypatch.setattr(A, "__version__", "1.4.24")
-    with pytest.raises(ImportError, match="^albumentations 1.4.24 is too old: pip install -r req"):
+@pytest.mark.parametrize(
+    "version", ["1.4.24", "2.0.9", "2.1.0", "unknown", "2.0.8 of the successor"]
+)
+def test_another_albumentations_is_refused_with_the_command_that_installs_ours(
+    version, monkeypatch
+):
+    if version == "2.0.8 of the successor":
+        monkeypatch.setattr("importlib.metadata.distributions", lambda name: [name])
+    else:
+        monkeypatch.setattr(A, "__version__", version)
+    with pytest.raises(ImportError) as error:
         runpy.run_path(dataset.__file__)
+    assert str(error.value) == (
+        f"this is not tested with albumentations {A.__version__}: pip uninstall -y albumentations "
+        f"albumentationsx && pip install -r {HERE}/requirements.txt"
+    )
+
+
+@pytest.mark.parametrize("version", ["2.0.0", "2.0.8"])
+def test_every_2_0_of_albumentations_will_do(version, monkeypatch):
+    assert "albumentations==2.0.8" in (HERE / "requirements.txt").read_text()
+    monkeypatch.setattr(A, "__version__", version)
+    runpy.run_path(dataset.__file__)
 
 
 # ---------------------------------------------------------------- transforms
@@ -198,8 +219,13 @@ def test_a_damaged_sample_is_named(damage, root, tmp_path):
 def test_the_folder_comes_from_the_environment(cifar10_files, monkeypatch):
     monkeypatch.setenv("CIFAR10_ROOT", str(cifar10_files.parent))
     assert Path(load_dataset("test").root) == cifar10_files.parent
-    monkeypatch.delenv("CIFAR10_ROOT")
-    assert data_folder() == Path("data")
+
+
+def test_the_folder_is_the_repository_s_wherever_a_program_starts(tmp_path, monkeypatch):
+    monkeypatch.delenv("CIFAR10_ROOT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert data_folder() == HERE / "data"
+    assert len(load_dataset("test", "sample")) == 1000
 
 
 @pytest.mark.parametrize(
@@ -325,9 +351,17 @@ def test_no_data_and_no_network_is_one_line_with_the_remedy(tmp_path, no_network
     with pytest.raises(RuntimeError) as error:
         load_dataset("train", root=tmp_path)
     text = str(error.value)
-    assert "\n" not in text and str(tmp_path) in text
-    assert "cifar-10-python.tar.gz" in text and "make demo" in text
+    assert "\n" not in text and "make demo" in text
+    assert f"curl -C - -o {tmp_path}/cifar-10-python.tar.gz {dataset.CIFAR10.url}" in text
+    assert "with the MD5 c58f30108f718f92721af3b95e74349a" in text
     assert error.value.__cause__ is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named_before_the_download(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Mock(free=300 * 2**20))
+    with pytest.raises(RuntimeError, match="there is no room: 360 MB are needed"):
+        load_dataset("train", root=tmp_path)
 
 
 def test_whole_files_load_and_nothing_is_written(cifar10_files, no_network):
@@ -418,36 +452,83 @@ def test_a_folder_that_cannot_be_written_is_named(obstacle, tmp_path, no_network
         load_dataset("train", root=root)
 
 
-def test_a_download_that_breaks_off_does_not_block_the_next_try(cifar10_files, monkeypatch):
-    """A real server that closes the connection half way, at first."""
-    content, root = (
-        archive_of(cifar10_files, monkeypatch).read_bytes(),
-        cifar10_files.parent / "data",
-    )
-    answer = content[: len(content) // 2]
+@pytest.fixture
+def server(cifar10_files, monkeypatch):
+    """Serve the archive of a small data set at the address of CIFAR-10.
 
-    class Server(http.server.BaseHTTPRequestHandler):
+    It can be cut, goes on where it is asked to, and waits in the middle for a barrier.
+    """
+    content = archive_of(cifar10_files, monkeypatch).read_bytes()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
+            start = int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            if start:
+                self.send_header(
+                    "Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}"
+                )
             self.end_headers()
-            self.wfile.write(answer)
+            half = len(content) // 2
+            self.wfile.write(content[start:half])
+            self.server.barrier.wait(20)
+            if not self.server.is_cut:
+                self.wfile.write(content[max(start, half) :])
 
         def log_message(self, *_):
             pass
 
-    server = http.server.HTTPServer(("127.0.0.1", 0), Server)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.is_cut, server.barrier = False, threading.Barrier(1)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(urllib.request, "_opener", None)
-    monkeypatch.setattr(
-        dataset.CIFAR10, "url", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
-    )
-    with pytest.raises(
-        RuntimeError, match="cifar-10-python.tar.gz is incomplete or damaged .*: run again"
-    ) as error:
-        load_dataset("train", root=root)
-    assert "\n" not in str(error.value)
-    answer = content
-    assert len(load_dataset("train", root=root)) == 50
+    address = f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz"
+    monkeypatch.setattr(dataset.CIFAR10, "url", address)
+    yield server
     server.shutdown()
+    server.server_close()
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_download_that_is_cut_leaves_nothing_behind_and_the_next_one_is_whole(server, tmp_path):
+    server.is_cut, root = True, tmp_path / "data"
+    with pytest.raises(RuntimeError, match="^[^\n]*not there and could not .*the download was cut"):
+        load_dataset("train", root=root)
+    assert names(root) == set()
+    server.is_cut = False
+    assert len(load_dataset("train", root=root)) == 50
+    assert names(root) == {"cifar-10-python.tar.gz", "cifar-10-batches-py"}
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_the_command_of_the_message_goes_on_where_a_download_was_cut(server, tmp_path):
+    server.is_cut, root = True, tmp_path / "it's data"
+    archive = root / "cifar-10-python.tar.gz"
+
+    def command():
+        with pytest.raises(RuntimeError) as error:
+            load_dataset("train", root=root)
+        return shlex.split(str(error.value).split("`")[1])
+
+    assert subprocess.run([*command(), "-s"]).returncode != 0
+    start = archive.stat().st_size
+    line = command()  # which has not touched what is there
+    assert 0 < start == archive.stat().st_size
+    server.is_cut = False
+    assert subprocess.run([*line, "-s"]).returncode == 0
+    server.shutdown()
+    assert len(load_dataset("train", root=root)) == 50
+
+
+def test_two_downloads_at_once_are_both_whole(server, tmp_path):
+    """Each waits for the other in the middle."""
+    server.barrier, root = threading.Barrier(2), tmp_path / "data"
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda split: load_dataset(split, root=root), ["train", "train"]))
+    assert [len(train_set) for train_set in both] == [50, 50]
+    assert names(root) == {"cifar-10-python.tar.gz", "cifar-10-batches-py"}

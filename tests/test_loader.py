@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import shutil
 import signal
 import sys
@@ -14,10 +15,17 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    Subset,
+    random_split,
+)
 
 from dataset import load_dataset, train_transform
-from loader import CORES, make_loader
+from loader import CORES, make_loader, refuse_while_importing
 
 
 @pytest.fixture
@@ -83,6 +91,111 @@ def test_no_epoch_batch_or_worker_repeats_a_stream_of_augmentations(root):
     assert len(set(fingerprints)) == len(batches) == 16
     # Not even the first draws of a batch are another's.
     assert len({batch[:3] for batch in fingerprints}) == 16
+
+
+def test_the_indices_of_a_batch_seed_its_augmentations(root):
+    """The committed runs depend on it."""
+    train_set = load_dataset("train", "tiny", seed=5, root=root)
+    part = Subset(train_set, range(40, 90))
+    loader = make_loader(part, 12, True, 0, seed=3)
+    order = list(RandomSampler(part, generator=torch.Generator().manual_seed(3)))
+    for start, (images, _) in zip(range(0, 48, 12), loader, strict=False):
+        indices = [40 + index for index in order[start : start + 12]]
+        seed = np.random.SeedSequence([5, *indices])
+        transform = train_transform()
+        transform.set_random_state(
+            np.random.default_rng(seed), random.Random(int(seed.generate_state(1)[0]))
+        )
+        expected = [transform(image=train_set.data[index])["image"] for index in indices]
+        assert (images.numpy() == np.array(expected)).all()
+
+
+# ---------------------------------------------------------------- whatever wraps the data set
+
+
+@pytest.fixture
+def noisy_set(root):
+    """21 images, each with its number for a label, and noise that no two draws share."""
+    train_set = load_dataset("train", "tiny", transform=A.GaussNoise(p=1), root=root)
+    train_set.data, train_set.targets = train_set.data[:21], list(range(21))
+    return train_set
+
+
+class OneByOne(Dataset):
+    """As people wrap a data set to change something about each image."""
+
+    def __init__(self, whole):
+        self.whole = whole
+
+    def __len__(self):
+        return len(self.whole)
+
+    def __getitem__(self, index):
+        ((image, label),) = self.whole.__getitems__([index])
+        return image, label
+
+
+WRAPPERS = {
+    "as it is": lambda whole: whole,
+    "Subset": lambda whole: Subset(whole, range(21)),
+    "random_split": lambda whole: random_split(whole, [21, 0], torch.Generator())[0],
+    "ConcatDataset": lambda whole: ConcatDataset(
+        [Subset(whole, range(8)), Subset(whole, range(8, 21))]
+    ),
+    "Subset of ConcatDataset": lambda whole: Subset(ConcatDataset([whole]), range(21)),
+    "one by one": OneByOne,
+}
+every_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+
+
+def augmented(loader):
+    """Return each image of an epoch as bytes, by its label."""
+    images = {}
+    for batch, labels in loader:
+        labels = torch.as_tensor(labels).reshape(-1).tolist()
+        images |= zip(
+            labels, (each.numpy().tobytes() for each in batch.view(-1, 3072)), strict=True
+        )
+    assert len(images) == 21
+    return images
+
+
+def shares_an_image(one, other):
+    return any(one[label] == other[label] for label in one)
+
+
+@every_wrapper
+@pytest.mark.parametrize("batch_size, num_workers", [(None, 0), (1, 0), (8, 0), (8, 2)])
+def test_other_loaders_repeat_no_augmentation(wrap, batch_size, num_workers, noisy_set):
+    loader = DataLoader(wrap(noisy_set), batch_size, num_workers=num_workers)
+    torch.manual_seed(0)
+    one, other = augmented(loader), augmented(loader)
+    assert not shares_an_image(one, other) and len(set(one.values())) == 21
+    torch.manual_seed(0)
+    assert augmented(loader) == one  # PyTorch's seed is theirs
+
+
+@every_wrapper
+@pytest.mark.parametrize(
+    "batch_size, shuffle",
+    [(1, True), (4, True), (8, True), (8, False)],
+    ids=["ones", "the last is one", "none is one", "in order"],
+)
+def test_our_loader_repeats_no_augmentation_and_can_be_resumed_at_any_number_of_workers(
+    wrap, batch_size, shuffle, noisy_set
+):
+    random_state = torch.get_rng_state()
+    loader, by_worker, resumed = (
+        make_loader(wrap(noisy_set), batch_size, shuffle, workers) for workers in (0, 1, 0)
+    )
+    one = augmented(loader)
+    if shuffle:
+        resumed.sampler.generator.set_state(loader.sampler.generator.get_state())
+    other = augmented(loader)
+    assert not shares_an_image(one, other) and len(set(one.values())) == 21
+    assert augmented(by_worker) == one and augmented(by_worker) == other
+    assert augmented(resumed) == (other if shuffle else one)
+    assert torch.equal(torch.get_rng_state(), random_state)  # it is the training's
 
 
 # ---------------------------------------------------------------- workers
@@ -172,7 +285,7 @@ def first_step(method, root, sender):
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_workers_start_by_any_method_and_end_with_a_main_process_that_is_killed(method, root):
     context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe()
+    receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=first_step, args=(method, root, sender))
     process.start()
     assert receiver.poll(120)
@@ -191,3 +304,18 @@ def test_workers_start_by_any_method_and_end_with_a_main_process_that_is_killed(
     assert len(files) == (method != "fork")  # where memory is copied, nothing is written
     train_set = load_dataset("train", "sample", root=root)
     assert (images == next(iter(make_loader(train_set, 256, True, 0)))[0].numpy()).all()
+
+
+def test_a_script_that_trains_while_it_is_imported_is_told_what_to_write(monkeypatch):
+    process = multiprocessing.current_process()
+    monkeypatch.setattr(process, "_inheriting", True, raising=False)  # as in spawn and forkserver
+    with pytest.raises(RuntimeError, match='below `if __name__ == "__main__":`$'):
+        refuse_while_importing()
+
+
+def test_a_process_of_the_user_may_train():
+    refuse_while_importing()
+    process = multiprocessing.get_context("fork").Process(target=refuse_while_importing)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
