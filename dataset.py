@@ -233,6 +233,8 @@ class CIFAR10(torchvision.datasets.CIFAR10):
         existing = next(path for path in (root, *root.resolve().parents) if os.path.exists(path))
         if not (os.path.isdir(existing) and os.access(existing, os.W_OK)):
             return f"{root} can't be written ({cause}): name another folder with CIFAR10_ROOT"
+        if check_integrity(archive, self.tgz_md5):
+            return f"{archive} could not be unpacked ({cause}): run again"
         state = "is incomplete or damaged" if os.path.exists(archive) else "is not there"
         return (
             f"{archive} {state} and could not be downloaded ({cause}): run again; or run "

@@ -87,8 +87,8 @@ class _Loader(DataLoader):
         self.complete = True
 
     def _get_iterator(self):
-        loader = copy.copy(self)
-        vars(loader)["dataset"] = _Batches(self.dataset)
+        loader = copy.copy(self)  # so that `dataset` stays what `make_loader` was given
+        vars(loader)["dataset"] = _Batches(self.dataset)  # DataLoader lets nobody set it
         return DataLoader._get_iterator(loader)
 
 
@@ -96,7 +96,7 @@ class _Batch(NamedTuple):
     """What `entropy` needs to know of the batch that one of our loaders is reading."""
 
     indices: list[int]
-    epoch: list[int]  # one number, or none where the indices are another epoch's by chance only
+    epoch: list[int]  # its number, where every epoch may have a batch of these indices; else empty
     images: Iterator[int]  # counts them
 
 
@@ -142,8 +142,8 @@ class _Batches:
 
 
 class _Shuffled(RandomSampler):
-    """A new order in each epoch. Only a batch of one image would have the same indices again: its
-    number says which epoch it is, by the state of the generator.
+    """A new order in each epoch. A batch of one image would have the same indices again: its number
+    says which epoch it is, by the state of the generator.
     """
 
     def __init__(self, dataset, batch_size, seed):
@@ -152,6 +152,8 @@ class _Shuffled(RandomSampler):
 
     def __iter__(self):
         order = list(super().__iter__())
+        if len(order) == 1:
+            torch.rand(1, generator=self.generator)  # an order of one image has drawn nothing
         alone = 0  # how many images at the end are batches of their own
         if self.batch_size == 1:
             alone = len(order)

@@ -434,6 +434,18 @@ def test_an_archive_put_there_by_hand_is_unpacked(cifar10_files, no_network, mon
     assert len(load_dataset("train", root=cifar10_files.parent)) == 50
 
 
+def test_an_archive_that_cannot_be_unpacked_is_not_called_damaged(
+    cifar10_files, no_network, monkeypatch
+):
+    archive = archive_of(cifar10_files, monkeypatch)
+    shutil.rmtree(cifar10_files)
+    monkeypatch.setattr(dataset, "extract_archive", Mock(side_effect=OSError("the disk is full")))
+    with pytest.raises(
+        RuntimeError, match=f"^{archive} could not be unpacked .the disk is full.: run again$"
+    ):
+        load_dataset("train", root=archive.parent)
+
+
 @pytest.mark.parametrize(
     "obstacle", ["a file in its place", "a read-only folder", "a folder that can't be searched"]
 )

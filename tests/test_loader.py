@@ -198,6 +198,12 @@ def test_our_loader_repeats_no_augmentation_and_can_be_resumed_at_any_number_of_
     assert torch.equal(torch.get_rng_state(), random_state)  # it is the training's
 
 
+def test_one_image_by_itself_is_augmented_anew_in_each_epoch(noisy_set):
+    loader = make_loader(Subset(noisy_set, [3]), 1, True, 0)
+    assert len({epoch(loader).numpy().tobytes() for _ in range(10)}) == 10
+    assert loader.dataset.dataset is noisy_set
+
+
 # ---------------------------------------------------------------- workers
 
 
