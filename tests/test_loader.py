@@ -137,12 +137,10 @@ class OneByOne(Dataset):
 
 WRAPPERS = {
     "as it is": lambda whole: whole,
-    "Subset": lambda whole: Subset(whole, range(21)),
     "random_split": lambda whole: random_split(whole, [21, 0], torch.Generator())[0],
     "ConcatDataset": lambda whole: ConcatDataset(
         [Subset(whole, range(8)), Subset(whole, range(8, 21))]
     ),
-    "Subset of ConcatDataset": lambda whole: Subset(ConcatDataset([whole]), range(21)),
     "one by one": OneByOne,
 }
 every_wrapper = pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
