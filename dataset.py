@@ -87,8 +87,7 @@ def test_transform() -> A.Compose:
 
 
 def normalise(images: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """Return uint8 (N, H, W, 3) images as float32 (N, 3, H, W), mean 0 and standard deviation 1 by
-    channel.
+    """Return uint8 (N, H, W, 3) images as float32 (N, 3, H, W) of mean 0 and deviation 1.
 
     The result has the `memory_format` of its device.
 
@@ -120,15 +119,14 @@ def normalise(images: np.ndarray | torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation by channel, (3,) each, cached per device: a copy to a
-    GPU waits for it.
-    """
+    """Return mean and standard deviation by channel, (3,) each; cached per device."""
     return torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
 
 
 class CIFAR10(torchvision.datasets.CIFAR10):
-    """CIFAR-10 as uint8 (32, 32, 3) arrays with an albumentations transform. Items are (array,
-    class number).
+    """CIFAR-10 as uint8 (32, 32, 3) arrays with an albumentations transform.
+
+    Items are (array, class number).
 
     torchvision downloads, checks and decodes. A RuntimeError says in one line what is missing or
     damaged.
@@ -200,11 +198,11 @@ class CIFAR10(torchvision.datasets.CIFAR10):
         return image, self.targets[index]
 
     def __getstate__(self):
-        """Return what is pickled, for a process that starts without a copy of this one's memory
-        with the path of a file in place of the images, which that process maps into its memory.
+        """Return what is pickled: for a process that is being started, without the images.
 
-        So the workers of a loader share the images also where they are not forked: on macOS, on
-        Windows, and everywhere from Python 3.14 on. The file lies in the temporary folder of
+        In their place it gets the path of a file, which that process maps into its memory. So the
+        workers of a loader share the images also where they are not forked: on macOS, on Windows,
+        and everywhere from Python 3.14 on. The file lies in the temporary folder of
         `multiprocessing`, which this process removes when it ends; if it is killed, it is left to
         whoever cleans the system's temporary folder. Any other pickle or copy has the images.
         """
@@ -245,9 +243,7 @@ class CIFAR10(torchvision.datasets.CIFAR10):
 
 
 class CIFAR10Sample(CIFAR10):
-    """2,000 training and 1,000 test images of CIFAR-10, in two image sheets of the repository: see
-    sample/README.md.
-    """
+    """2,000 training and 1,000 test images of CIFAR-10, in two image sheets of `sample/`."""
 
     sha256 = {
         "train": "5e62859400fa739b1b81139231aee1a41dbffd4fc18eacbd6ade3778bff8a341",
@@ -276,9 +272,7 @@ class CIFAR10Sample(CIFAR10):
 
 
 class CIFAR10Tiny(CIFAR10Sample):
-    """The first 200 training and the first 200 test images of the sample, 20 of each class, on
-    which a training can be tried in seconds.
-    """
+    """The first 200 training and 200 test images of the sample, to try a training in seconds."""
 
     def __init__(self, root=None, train=True, transform=None, seed=0):
         super().__init__(root, train, transform, seed)

@@ -1,6 +1,4 @@
-"""Loaders whose batches are the same at any number of workers, and workers that end with their
-run.
-"""
+"""Loaders whose batches don't depend on the number of workers, which end with their run."""
 
 import copy
 import itertools
@@ -104,8 +102,9 @@ _BATCH: ContextVar[_Batch | None] = ContextVar("_BATCH", default=None)
 
 
 def entropy(indices: list[int] | None = None) -> list[int]:
-    """Return the numbers that seed the augmentations of a batch, or of one image if there are no
-    indices: others in each epoch.
+    """Return the numbers that seed the augmentations of a batch, or of one image without indices.
+
+    They are others in each epoch.
 
     In a loader of `make_loader`, the indices of the batch are those numbers. So they don't depend
     on the number of workers, and they are the same after a resume. In any other loader, they come
@@ -142,8 +141,10 @@ class _Batches:
 
 
 class _Shuffled(RandomSampler):
-    """A new order in each epoch. A batch of one image would have the same indices again: its number
-    says which epoch it is, by the state of the generator.
+    """A new order in each epoch.
+
+    A batch of one image would have the same indices again: its number says which epoch it is, by
+    the state of the generator.
     """
 
     def __init__(self, dataset, batch_size, seed):
@@ -177,8 +178,7 @@ class _InOrder(SequentialSampler):
 
 
 def refuse_while_importing() -> None:
-    """Refuse to train in a process that is only importing the user's script, as each worker does
-    that is not forked: it would train, too.
+    """Refuse to train where a worker that is not forked only imports the user's script.
 
     Raises:
         RuntimeError: this is such a process.
@@ -191,16 +191,15 @@ def refuse_while_importing() -> None:
 
 
 def _init_worker(worker):
-    """Leave Ctrl-C, which reaches every process, to the main one, and end with it if it is
-    killed.
-    """
+    """Leave Ctrl-C, which reaches every process, to the main one, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent():
-    """Wait for the end of the main process, and end this one at once, whatever it is doing: it may
-    be writing into a pipe that nobody reads any more.
+    """Wait for the end of the main process, and end this one at once, whatever it is doing.
+
+    It may be writing into a pipe that nobody reads any more.
     """
     parent, starter = multiprocessing.parent_process(), os.getppid()
     while parent.is_alive() and os.getppid() == starter:

@@ -200,8 +200,9 @@ def classify(
 def plot_picture(
     source: Source, likeliest: list[tuple[str, float]], path: str | Path
 ) -> plt.Figure:
-    """Draw a picture, what the network sees of it, and the result of `classify`; save to `path`,
-    return the figure.
+    """Draw a picture, what the network sees of it, and the result of `classify`.
+
+    Save the figure to `path` and return it.
     """
     picture = open_picture(source)
     figure, axes = plt.subplots(

@@ -9,10 +9,12 @@ import numpy as np
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import nn
+from torch.utils.data import Subset
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from checks import positive, require
 from dataset import CIFAR10, A, normalise
+from loader import make_loader
 from pretrained import room, write_file
 from recipe import Recipe, make_scheduler
 
@@ -33,8 +35,9 @@ def plot_augmentations(
     )
     indices = np.linspace(0, len(dataset) - 1, columns, dtype=int).tolist()
     for column, index in zip(axes.T, indices, strict=True):
-        augmented = [image for image, _ in dataset.__getitems__([index] * (rows - 1))]
-        for axis, image in zip(column, [dataset.data[index], *augmented], strict=True):
+        # one batch of the same image, since a loader decides the augmentations by its indices
+        ((augmented, _),) = make_loader(Subset(dataset, [index] * (rows - 1)), rows - 1)
+        for axis, image in zip(column, [dataset.data[index], *augmented.numpy()], strict=True):
             show_image(axis, image)
         column[0].set_title(dataset.classes[dataset.targets[index]], fontsize=10)
     figure.suptitle(f"{dataset.title}: training images, and {rows - 1} augmented versions of each")

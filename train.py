@@ -18,7 +18,7 @@ import utils
 from checkpoint import Checkpoint
 from dataset import A, load_dataset, train_transform
 from device import hardware, keep_freed_memory, make_scaler, pick_device, to_device
-from loader import make_loader
+from loader import make_loader, refuse_while_importing
 from model import NetDilated
 from pretrained import add_metrics, inner_network, load, save
 from published import NETWORKS, find_network
@@ -51,6 +51,7 @@ def run(
         ValueError, RuntimeError, FloatingPointError: see `fit` and `load_dataset`.
         FileNotFoundError: there is no teacher.
     """
+    refuse_while_importing()
     keep_freed_memory()
     device = pick_device(recipe.device)
     seed_everything(recipe.seed)  # the weights are drawn from here
@@ -88,9 +89,11 @@ def fit(
     Raises:
         ValueError: the checkpoint in the folder is damaged or of another run, the loader's order
             can't be restored, or the run has fewer than three steps.
-        RuntimeError: another process trains in this folder, or the GPU's memory is too small.
+        RuntimeError: another process trains in this folder, or the GPU's memory is too small, or a
+            worker imports a script that trains.
         FloatingPointError: the loss is no longer finite.
     """
+    refuse_while_importing()
     device = next(model.parameters()).device
     teacher = teacher and to_device(teacher, device)
     optimizer, scaler = make_optimizer(model, recipe), make_scaler(device)

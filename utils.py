@@ -404,13 +404,16 @@ def accuracy_under_corruptions(
     """
     first = copy.copy(dataset)
     first.data, first.targets = dataset.data[:images], dataset.targets[:images]
-    loader = make_loader(first, min(500, len(first)))
-    clean = test(model, loader)[1]
+
+    def accuracy():  # a new loader, so that each corruption has the same random numbers
+        return test(model, make_loader(first, min(500, len(first))))[1]
+
+    clean = accuracy()
     accuracies = {name: [clean] for name in CORRUPTIONS}
     for name, transforms in CORRUPTIONS.items():
         for transform in transforms:
             first.transform = A.Compose([transform])
-            accuracies[name].append(test(model, loader)[1])
+            accuracies[name].append(accuracy())
     return accuracies
 
 

@@ -1,5 +1,4 @@
-"""How fast: `python -m benchmarks.bench` measures both sides of every comparison, in turn, in one
-run.
+"""Speed: `python -m benchmarks.bench` measures both sides of every comparison in turn, in one run.
 
 It prints tables and writes them to benchmarks/bench.json. Rates are medians of the repeats, with
 their minimum and maximum. Ratios are medians of the ratios within each repeat, so that a machine
@@ -241,9 +240,7 @@ class PerImageDataset(Dataset):
 
 
 def input_pipeline(options: argparse.Namespace) -> dict:
-    """Images a second that loaders deliver, against as many processes that only call albumentations
-    in a loop.
-    """
+    """Measure images a second of loaders, and of processes that only call albumentations."""
     train_set = load_dataset("train", options.data)
     images = range(min(options.images, len(train_set)))
     usual = PerImageDataset(train_set.data, train_set.targets)
@@ -287,9 +284,7 @@ def input_pipeline(options: argparse.Namespace) -> dict:
 
 
 def bare(images, workers: int) -> Callable[[], int]:
-    """Return a function that has so many processes each augment all of the images, and returns how
-    many that were.
-    """
+    """Return a function that has processes each augment all images, and counts these."""
     pipes = [serve(serve_bare, images) for _ in range(workers)]
 
     def deliver():
@@ -371,8 +366,7 @@ def latency(options: argparse.Namespace, device: torch.device) -> dict:
 
 
 def arithmetic(steps: dict, device: torch.device, side: int = 4096) -> dict:
-    """The arithmetic rate of our training step against that of a large matrix product in the same
-    type.
+    """Compare the arithmetic rate of our training step with that of a large matrix product.
 
     A step is counted as its multiply-accumulates forward, and twice that backward, of two
     operations each.
@@ -404,9 +398,7 @@ def serve(target: Callable, *arguments):
 
 
 def seconds(function: Callable, least: float = 0) -> float:
-    """Time calls for at least so many seconds, on all cores (a Timer's own default is one); return
-    the median.
-    """
+    """Return the median time of a call, over at least so many seconds, on all cores."""
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
     return timer.blocked_autorange(min_run_time=least).median
 

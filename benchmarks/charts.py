@@ -23,9 +23,7 @@ def main() -> None:
 
 
 def plot_comparison(path: Path) -> plt.Figure:
-    """Draw test accuracy against parameters: the headline, the three networks of equal epochs, and
-    references.
-    """
+    """Draw test accuracy against parameters, of our networks and of references."""
     figure, axis = plt.subplots(figsize=(8, 4.6), layout="constrained")
     for row in json.loads((HERE / "references.json").read_text()):
         point(
@@ -121,9 +119,7 @@ def point(
 
 
 def plot_ablations(path: Path) -> plt.Figure:
-    """Draw how many points each change is worth in ten epochs, beside the deviation of the seeds
-    without a change.
-    """
+    """Draw how many points each change is worth in ten epochs, and the spread of the seeds."""
     accuracies = {
         name: row["validation_accuracy"]
         for table in ("10 epochs", "10 epochs, other code")
