@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from checks import positive, require, whole
 from dataset import CLASSES, normalise, test_transform

@@ -26,8 +26,17 @@ OUTPUTS = [output for cell in CODE for output in cell["outputs"]]
 TEXT = "\n".join(
     "".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "markdown"
 )
-LISTED = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True, check=False)
-TRACKED = [name for name in LISTED.stdout.splitlines() if (HERE / name).is_file()]
+
+
+def tracked_files():
+    """Return the files of the repository; none where there is no git, or no clone of one's own."""
+    if not shutil.which("git"):
+        return []
+    listed = subprocess.run(["git", "ls-files"], cwd=HERE, capture_output=True, text=True)
+    return [name for name in listed.stdout.splitlines() if (HERE / name).is_file()]
+
+
+TRACKED = tracked_files()
 IS_CLONE = pytest.mark.skipif(not TRACKED, reason="git can't list the files of the repository")
 
 

@@ -1,20 +1,24 @@
 """The whole experiment, `train.run`, and the command line."""
 
+import multiprocessing
 import os
 import runpy
 import signal
+import subprocess
 import sys
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import tiny
 import train
 import utils
-from dataset import load_dataset
+from dataset import load_dataset, train_transform
 from loader import make_loader
 from model import NetDilated
-from pretrained import load_metrics, save
+from pretrained import load, load_metrics, save
 from published import NETWORKS
 from recipe import Recipe
 from tiny import SHORT, Tiny, equal, state
@@ -245,6 +249,54 @@ def test_the_command_trains_the_recipe_that_its_arguments_name(tmp_path, capsys,
 )
 def test_an_argument_is_a_number_none_a_list_or_the_text_itself(text, value):
     assert train.parse(text) == value and type(train.parse(text)) is type(value)
+
+
+def test_a_single_size_is_a_list_of_one_and_more_workers_than_cores_are_allowed(monkeypatch):
+    ran, metrics = [], {"data": "some images", "test_accuracy": 12.5}
+    monkeypatch.setattr(train, "run", lambda recipe, build: (ran.append(recipe), metrics))
+    train.main(["--sizes", "32", "--num-workers", "64"])
+    assert ran == [Recipe(sizes=(32,))] and ran[0].num_workers == 64
+
+
+def test_a_network_of_ones_own_is_trained_and_comes_back(tmp_path):
+    train.main([*TINY, "--network", f"{tiny.__file__}:Tiny", "--folder", str(tmp_path)])
+    assert load(Tiny, tmp_path)[1]["network"] == "Tiny"
+
+
+def test_the_metrics_tell_of_a_transform_of_ones_own(tmp_path):
+    recipe = replace(SHORT, epochs=1, batch_size=200, teacher=None, folder=str(tmp_path))
+    metrics = train.run(recipe, Tiny, transform=train_transform(0.25))[1]
+    assert metrics["transform"] == str(train_transform(0.25)).splitlines()
+    with pytest.raises(ValueError, match="is of another run .augmentations: "):
+        train.run(recipe, Tiny)
+    assert "transform" not in train.run(recipe, Tiny, restart=True)[1]
+
+
+def test_a_worker_that_imports_a_script_does_not_train_in_it(tmp_path, monkeypatch):
+    """As where workers are not forked and the script has no `if __name__ == "__main__":`."""
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    recipe = replace(SHORT, teacher=None, folder=str(tmp_path))
+    for action in (lambda: train.run(recipe), lambda: train.fit(Tiny(), recipe, None, None)):
+        with pytest.raises(RuntimeError, match='below `if __name__ == "__main__":`$'):
+            action()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_works_from_another_folder(tmp_path, monkeypatch):
+    """Teacher and sample are found in the repository; the run is written where the user stands."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="folder of one trained on sample, not on CIFAR-10"):
+        train.load_teacher(SHORT, [])
+    train.main([*TINY, "--folder", "runs/mine"])
+    assert (tmp_path / "runs" / "mine" / "Tiny.pt").exists()
+
+
+def test_training_works_without_the_benchmarks_and_the_checker():
+    """They are wings of their own."""
+    code = "import sys, train; print({'benchmarks', 'checker'} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True)
+    assert run.stdout == "set()\n", run.stderr
 
 
 @pytest.mark.parametrize(
