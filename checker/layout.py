@@ -128,6 +128,6 @@ def place_of(operation: Operation) -> str:
 
 
 def name_of(unit: Unit) -> str:
-    """Return a convolution as "conv1 3x3 16→32"."""
+    """Return a convolution as "conv1 3x3 16->32"."""
     kind = describe(unit).replace(" standard", "")
-    return f"{unit[0].where} {kind} {unit[0].channels[0]}→{unit[-1].channels[1]}".strip()
+    return f"{unit[0].where} {kind} {unit[0].channels[0]}->{unit[-1].channels[1]}".strip()

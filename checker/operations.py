@@ -59,7 +59,37 @@ def _run(model, images, as_it_is=False):
             if parameter.untyped_storage().data_ptr() not in tracer.memory:
                 module = name.rpartition(".")[0] or name
                 unused[module] = unused.get(module, 0) + parameter.numel()
-        return Run(tracer.operations, result, unused)
+        path = tracer.paths.get(result) if isinstance(result, torch.Tensor) else None
+        ends = path.sources if path else set()
+        return Run(_leading_to(ends, tracer.operations), result, unused)
+
+
+def _leading_to(ends, operations):
+    """Return the operations without those of heads whose results are not returned.
+
+    Operations that only weigh a map lead to no result by themselves, and stay.
+    """
+    needed, places = set(), list(ends)
+    while places:
+        place = places.pop()
+        if place not in needed:
+            needed.add(place)
+            places += operations[place].sources
+    if not needed:  # the result can't be followed
+        return operations
+    weighing = ("squeeze-excite", "attention", "other")
+    kept = [
+        place
+        for place, operation in enumerate(operations)
+        if place in needed or operation.kind in weighing
+    ]
+    new = {old: place for place, old in enumerate(kept)}
+    return [
+        operations[old]._replace(
+            sources=frozenset(new[place] for place in operations[old].sources if place in new)
+        )
+        for old in kept
+    ]
 
 
 def receptive_field(model: nn.Module) -> int | float:

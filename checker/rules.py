@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .blocks import NUM_CLASSES, Layout, find_blocks
-from .layout import convolution_units, is_dilated, is_strided, name_of, place_of, stride_of
+from .layout import convolution_units, is_dilated, is_strided, name_of, place_of, role_of, stride_of
 from .operations import field_before, run_traced, whole_pixels
 from .rows import BROKEN, HOLDS, UNDECIDED, Row, listed, make_row, one_line
 from .tables import markdown_table, text_table
@@ -69,9 +69,7 @@ def _run_any(model):
 
 
 def _block_row(layout, number, rule, measured, reason):
-    """Return one of the rows about blocks: undecided if there is doubt, with the reason if it is
-    broken.
-    """
+    """Return one of the rows about blocks: undecided if there is doubt, or with the reason."""
     if layout.doubt:
         return Row(rule, f"{measured}, but {layout.doubt}", UNDECIDED)
     broken = layout.faults()[number]
@@ -80,15 +78,19 @@ def _block_row(layout, number, rule, measured, reason):
 
 def check_four_blocks(layout: Layout) -> Row:
     """There are four blocks."""
-    bonus = f", told by their {layout.bonus} (the bonus form)" if layout.bonus else ""
-    sizes = [f"{block[0][0].size[0]}x{block[0][0].size[0]}" for block in layout.blocks]
+    measured = f"{len(layout.blocks)}{layout.note}"
+    if layout.told:
+        measured += f", told by their {layout.told}" + (" (the bonus form)" * layout.bonus)
 
     def reason():
-        if layout.bonus:
+        if layout.told == "names":
+            return listed(layout.names)
+        if layout.told:
             return "they end with " + listed([name_of(block[-1]) for block in layout.blocks])
+        sizes = [f"{block[0][0].size[0]}x{block[0][0].size[0]}" for block in layout.blocks]
         return f"convolutions on maps of {listed(sizes)}" if sizes else "no convolution"
 
-    return _block_row(layout, 0, "four blocks", f"{len(layout.blocks)}{layout.note}{bonus}", reason)
+    return _block_row(layout, 0, "four blocks", measured, reason)
 
 
 def check_three_convolutions(layout: Layout) -> Row:
@@ -96,41 +98,38 @@ def check_three_convolutions(layout: Layout) -> Row:
     measured = " ".join(str(len(block)) for block in layout.blocks) or "0"
 
     def reason():
-        for number, block in enumerate(layout.blocks, 1):
+        for number, block in enumerate(layout.blocks):
             if len(block) != 3:
                 plural = "s" if len(block) > 1 else ""
                 names = listed([name_of(unit) for unit in block])
-                return f"C{number} has {len(block)} convolution{plural}: {names}"
+                return f"{layout.name(number)} has {len(block)} convolution{plural}: {names}"
         return "no convolution"
 
     return _block_row(layout, 1, "three convolutions in each", measured, reason)
 
 
 def check_strides(layout: Layout) -> Row:
-    """The last convolution of each block has stride 2 (in the bonus form: is dilated), and no other
-    has.
+    """The last convolution of each block has stride 2, and no other has.
+
+    In the bonus form it may be dilated instead.
     """
-    measured = (
-        " | ".join(
-            " ".join(
-                f"d{max(each.dilation for each in unit)}"
-                if layout.bonus and is_dilated(unit) and not is_strided(unit)
-                else f"{stride_of(unit):g}"
-                for unit in block
-            )
-            for block in layout.blocks
-        )
-        or "none"
-    )
-    measured += " (d: dilated instead of strided, the bonus)" if layout.bonus else ""
+
+    def figure(unit):
+        if layout.bonus and is_dilated(unit) and not is_strided(unit):
+            return f"d{max(each.dilation for each in unit)}"
+        return f"{stride_of(unit):g}"
+
+    blocks = [" ".join(map(figure, block)) for block in layout.blocks]
+    measured = " | ".join(blocks) or "none"
+    if layout.bonus:
+        measured += " (d: dilated instead of strided, the bonus)"
 
     def reason():
-        for number, block in enumerate(layout.blocks, 1):
-            early = [name_of(unit) for unit in block[:-1] if is_strided(unit)]
-            if early:
-                return f"in C{number}, {early[0]} is not the last"
-            if not layout.ends_well(block):
-                return f"C{number} ends with {name_of(block[-1])}"
+        for number, block in enumerate(layout.blocks):
+            for unit in layout.early_strides(block):
+                return f"in {layout.name(number)}, {name_of(unit)} is not the last"
+            for unit in layout.plain_ends(block):
+                return f"{layout.name(number)} ends with {name_of(unit)}"
         return "no convolution"
 
     return _block_row(layout, 2, "stride 2 in the last of each, only there", measured, reason)
@@ -196,20 +195,21 @@ def check_receptive_field(operations: list[Operation]) -> Row:
 
 
 def check_separable(operations: list[Operation]) -> Row:
-    """There is a depthwise-separable convolution: a depthwise and a pointwise one that work on one
-    another.
-    """
-    units = convolution_units(operations)
+    """There is a depthwise and a pointwise convolution that work on one another."""
+    rule, units = "a depthwise-separable convolution", convolution_units(operations)
     pairs = sum(len(unit) > 1 for unit in units)
-    alone = [name_of(unit) for unit in units if any(operation.groups > 1 for operation in unit)]
-    reason = (
-        f": no pointwise one works on the same channels as {alone[0]}"
-        if alone
-        else ": no grouped convolution"
-    )
-    return make_row(
-        "a depthwise-separable convolution", f"{pairs}" + (reason if not pairs else ""), pairs > 0
-    )
+    if pairs:
+        return Row(rule, f"{pairs}", HOLDS)
+    grouped = [unit for unit in units if unit[0].groups > 1]
+    for unit in grouped:
+        if role_of(unit[0]) == "depthwise":
+            reason = f"no pointwise one works on the same channels as {name_of(unit)}"
+            return Row(rule, f"0: {reason}", BROKEN)
+    for unit in grouped:
+        groups, channels = unit[0].groups, unit[0].channels[0]
+        reason = f"grouped, not depthwise: {groups} groups of {channels} channels"
+        return Row(rule, f"0: {name_of(unit)} is {reason}", BROKEN)
+    return Row(rule, "0: no grouped convolution", BROKEN)
 
 
 def check_dilated(operations: list[Operation]) -> Row:

@@ -467,7 +467,7 @@ def bonus_with_one_stride():
 
 @answer(
     four="3",
-    three="3 4 3: C2 has 4 convolutions: 1.0.0 3x3 16→24, 1.1.0 ",
+    three="3 4 3: C2 has 4 convolutions: 1.0.0 3x3 16->24, 1.1.0 ",
     stride=holds("1 1 d2 | 1 1 1 d4"),
     field="35",
 )
@@ -498,7 +498,7 @@ def pooling_that_leaves_rows_out():
 
 @answer(
     four="1",
-    three="1: C1 has 1 convolution: 0 3x3, stride 2 3→8",
+    three="1: C1 has 1 convolution: 0 3x3, stride 2 3->8",
     stride=holds("2"),
     field="3",
     pair="0",
@@ -560,7 +560,7 @@ class MaxPooledBlock(nn.Module):
     three=holds("3 3 3 3"),
     pair="0",
     dilated="0",
-    stride="1 1 1 | 1 1 1 | 1 1 1 | 1 1 1: C1 ends with 0.conv3 3x3 12→12",
+    stride="1 1 1 | 1 1 1 | 1 1 1 | 1 1 1: C1 ends with 0.conv3 3x3 12->12",
     field=holds("106"),
 )
 def max_pooled_blocks():
@@ -635,7 +635,7 @@ def resnet_a():
 @answer(
     four="3",
     three="5 3 1",
-    stride="in C1, 2.conv1 3x3, stride 2 16→24 is not the last",
+    stride="C3 ends with 3.conv2 3x3 32->32",
     field="25",
     pair="0",
     dilated="0",
@@ -748,7 +748,7 @@ class ConvNeXtBlock(nn.Module):
     four="3: convolutions on maps of 32x32, 16x16, 8x8",
     three="1 5 4: C1 has 1 convolution",
     pair=holds("4"),
-    stride="C3 ends with 6.pwconv2 pointwise 64→32",
+    stride="C3 ends with 6.pwconv2 pointwise 64->32",
     dilated="0",
     field=holds("76"),
     linear=holds("fully connected"),
@@ -795,7 +795,7 @@ class ViT(nn.Module):
     four="2: ",
     three="1 8: ",
     dilated="0",
-    stride="C1 ends with patches 4x4, stride 4 3→32",
+    stride="C1 ends with patches 4x4, stride 4 3->32",
     pair="0",
     gap="none",
     linear=holds("fully connected"),
@@ -821,7 +821,7 @@ def vit_pooled():
     field=holds("the whole image, by encoder.self_attn"),
     four="2: ",
     three="1 5: C1 has 1 convolution: stem 3x3",
-    stride="1 | 1 1 1 1 1: C1 ends with stem 3x3 3→32",
+    stride="1 | 1 1 1 1 1: C1 ends with stem 3x3 3->32",
     pool="pool: 3x3 max pooling",
     pair="0",
     dilated="0",
@@ -869,7 +869,7 @@ def with_attention():
 
 @answer(
     four="2: convolutions on maps of 32x32, 8x8",
-    three="1 1: C1 has 1 convolution: embed 4x4, stride 4 48→32",
+    three="1 1: C1 has 1 convolution: embed 4x4, stride 4 48->32",
     stride="C1 ends with embed",
     pair="0",
     dilated="0",
@@ -915,7 +915,7 @@ class FireModule(nn.Module):
 
 @answer(
     four="2",
-    three="4 4: C1 has 4 convolutions: 0 3x3 3→16",
+    three="4 4: C1 has 4 convolutions: 0 3x3 3->16",
     stride="C1 ends with",
     pair="0",
     dilated="0",
@@ -1057,7 +1057,7 @@ def factorised():
 @answer(
     four="2: convolutions on maps of 32x32, 14x14",
     three="1 1: C1",
-    stride="C1 ends with conv.conv1 5x5 3→6",
+    stride="C1 ends with conv.conv1 5x5 3->6",
     pool="conv.pool: 2x2 max pooling",
     field="16",
     pair="0",
@@ -1202,7 +1202,7 @@ class Shrinking(nn.Module):
 
 @answer(
     four="2: convolutions on maps of 32x32, 16x16",
-    stride="C2 ends with 3.0 3x3 16→16",
+    stride="C1 ends with 0.two 3x3, dilation 4 16->16",
     field="23",
     pair="0: no grouped convolution",
 )
@@ -1296,7 +1296,7 @@ def unused_layers():
 @answer(
     four="2: convolutions on maps of 32x32, 16x16",
     three="1 2",
-    stride="C2 ends with 2.0 3x3 8→8",
+    stride="C2 ends with 2.0 3x3 8->8",
     field="11",
     pair="0",
     dilated="0",

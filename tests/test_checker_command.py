@@ -80,7 +80,7 @@ def test_a_folder_of_answers_is_one_table(tmp_path, capsys):
         "ValueError: this is no Python file",
     ):
         assert text in " ".join(notes.split())
-    assert "three convolutions in each: 1: C1 has 1 convolution: layers.0 3x3 3→10" in notes
+    assert "three convolutions in each: 1: C1 has 1 convolution: layers.0 3x3 3->10" in notes
     head, *cells = csv.reader((tmp_path / "table.csv").read_text(encoding="utf-8").splitlines())
     assert head[:3] == ["file", "network", "four blocks"] and head[-1] == "error"
     assert (

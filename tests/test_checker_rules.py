@@ -162,7 +162,7 @@ def test_pooling_between_blocks_is_named_and_ends_a_block():
         True,
     )
     assert rows["stride 2 in the last of each, only there"] == (
-        "1 1 1 | 1 1 1 | 1 1 1 | 1 1 1: C1 ends with convs.2 3x3 16→16",
+        "1 1 1 | 1 1 1 | 1 1 1 | 1 1 1: C1 ends with convs.2 3x3 16->16",
         False,
     )
     assert rows["no pooling but the final one"] == (
@@ -238,11 +238,11 @@ def test_frozen_parameters_count():
 def test_a_pair_must_work_on_one_another():
     rows = table(SideBySide())
     assert rows["a depthwise-separable convolution"] == (
-        "0: no pointwise one works on the same channels as depthwise 3x3 depthwise 3→3",
+        "0: no pointwise one works on the same channels as depthwise 3x3 depthwise 3->3",
         False,
     )
     assert rows["three convolutions in each"][0] == (
-        "2: C1 has 2 convolutions: depthwise 3x3 depthwise 3→3, pointwise pointwise 3→3"
+        "2: C1 has 2 convolutions: depthwise 3x3 depthwise 3->3, pointwise pointwise 3->3"
     )
 
 
@@ -364,7 +364,7 @@ def set_head(*layers):
 
 
 BROKEN_NETWORKS = {
-    "four blocks": lambda: narrow(lambda model: setattr(model.C3[2][0][1], "stride", (1, 1))),
+    "four blocks": lambda: narrow(lambda model: setattr(model, "C4", nn.Identity())),
     "three convolutions in each": lambda: narrow(lambda model: model.C2.insert(1, unit(8, 8))),
     "stride 2 in the last of each, only there": lambda: narrow(
         lambda model: setattr(model.C4[2][0][1], "stride", (1, 1))
@@ -418,9 +418,14 @@ class TwoPaths(nn.Module):
         return self.one(x) + self.other(x)
 
 
-def test_two_convolutions_with_a_stride_in_one_block_fail_their_row():
+def test_a_stride_too_early_breaks_only_its_row():
+    rows = table(narrow(lambda model: setattr(model.C2[1][0][1], "stride", (2, 2))))
+    text = "in C2, C2.1.0.0 pointwise + 3x3 depthwise, stride 2 8->8 is not the last"
+    assert rows[BLOCKS[2]] == (f"1 1 2 | 1 2 2 | 1 1 2 | 1 1 2: {text}", False)
+    assert rows[BLOCKS[0]][1] and rows[BLOCKS[1]][1]
+
+
+def test_two_strides_side_by_side_are_both_the_last():
     rows = table(narrow(lambda model: setattr(model.C2[2], "0", TwoPaths())))
-    assert rows["stride 2 in the last of each, only there"] == (
-        "1 1 2 | 1 1 2 2 | 1 1 2 | 1 1 2: in C2, C2.2.0.one 3x3, stride 2 8→8 is not the last",
-        False,
-    )
+    assert rows[BLOCKS[2]] == ("1 1 2 | 1 1 2 2 | 1 1 2 | 1 1 2", True)
+    assert rows[BLOCKS[1]][0].startswith("3 4 3 3: C2 has 4 convolutions")
