@@ -3,14 +3,13 @@
 `trace` lists the operations; `receptive_field` is a single figure.
 """
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from .neutral import neutral, runnable
 from .tracer import Operation, Tracer
 
 
@@ -32,14 +31,17 @@ def trace(model: nn.Module, shape: tuple[int, ...] = (3, 32, 32)) -> list[Operat
     stride below 1. Araujo et al., Computing receptive fields of convolutional neural networks,
     https://distill.pub/2019/computing-receptive-fields/.
     """
-    return run_traced(model, torch.zeros(2, *shape)).operations
+    return run_traced(model, shape).operations
 
 
-def run_traced(model: nn.Module, images: torch.Tensor) -> Run:
-    """Run the network on float32 (N, C, H, W) images.
+def run_traced(model: nn.Module, shape: tuple[int, ...] = (3, 32, 32)) -> Run:
+    """Run the network on two (C, H, W) images of zeros.
 
     It runs in float32 on the CPU, or, if its own code asks for another type or device, as it is.
+    What runs is the network inside `torch.compile` or nn.DataParallel.
     """
+    model = runnable(model)
+    images = torch.zeros(2, *shape, dtype=torch.float32, device="cpu")
     try:
         return _run(model, images)
     except Exception:
@@ -50,7 +52,8 @@ def run_traced(model: nn.Module, images: torch.Tensor) -> Run:
 
 
 def _run(model, images, as_it_is=False):
-    with torch.no_grad(), evaluated(model, as_it_is), Tracer(model) as tracer:
+    with neutral(model, as_it_is), Tracer(model) as tracer:
+        images = images.clone()  # one that no inference mode has made
         tracer.follow(images)
         result, unused = model(images), {}
         for name, parameter in model.named_parameters():
@@ -122,31 +125,3 @@ def field_before(operations: list[Operation]) -> float:
         if operation.kind == "fully connected" or "global" in operation.kind:
             return operation.receptive_field
     return operations[last].receptive_field if last >= 0 else 1
-
-
-@contextlib.contextmanager
-def evaluated(model: nn.Module, as_it_is: bool = False) -> Iterator[None]:
-    """Keep the model in evaluation mode, in float32 on the CPU unless `as_it_is`.
-
-    Its state is afterwards as it was before.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    tensors = [
-        tensor
-        for tensor in (*model.parameters(), *model.buffers())
-        if not (as_it_is or nn.parameter.is_lazy(tensor)) and tensor.is_floating_point()
-    ]
-    values, fast = [tensor.data for tensor in tensors], torch.backends.mha.get_fastpath_enabled()
-    try:
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.data = value.float().cpu()
-        # the fast path is one call that hides all operations of an encoder layer
-        torch.backends.mha.set_fastpath_enabled(False)
-        model.eval()
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.data = value
-        for module, training in modes:
-            module.training = training

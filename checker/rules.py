@@ -5,6 +5,7 @@ from torch import nn
 
 from .blocks import NUM_CLASSES, Layout, find_blocks
 from .layout import convolution_units, is_dilated, is_strided, name_of, place_of, role_of, stride_of
+from .neutral import inner_network
 from .operations import field_before, run_traced, whole_pixels
 from .rows import BROKEN, HOLDS, UNDECIDED, Row, listed, make_row, one_line
 from .tables import markdown_table, text_table
@@ -44,10 +45,9 @@ def check_rules(model: nn.Module, transform: object | None = None) -> list[Row]:
 
 def _run_any(model):
     """Run a network that anybody wrote. A ValueError says that it is none for this task."""
-    name = type(model).__name__
-    model = getattr(model, "_orig_mod", model)  # what torch.compile was given
+    name = type(inner_network(model)).__name__
     try:
-        run = run_traced(model, torch.zeros(2, 3, 32, 32))
+        run = run_traced(model)
     except Exception as error:
         raise ValueError(
             f"{name} does not run on (2, 3, 32, 32) images ({one_line(error)}): it has to take "

@@ -65,14 +65,18 @@ class Call(NamedTuple):
 
 def image_path(shape: tuple[int, ...]) -> Path:
     """Return the path of (N, C, H, W) images: each element sees its own pixel."""
-    rows, columns = (torch.arange(float(side)) for side in shape[2:])
+    rows, columns = (_count(side) for side in shape[2:])
     reach = rows[:, None], -rows[:, None], columns, -columns
     return Path([part.expand(shape).clone() for part in reach], 1, set())
 
 
 def nothing(shape: tuple[int, ...]) -> list[torch.Tensor]:
     """Return the squares of what comes from no pixel."""
-    return [torch.full(shape, torch.inf) for _ in range(4)]
+    return [torch.full(shape, torch.inf, dtype=torch.float32, device="cpu") for _ in range(4)]
+
+
+def _count(number):
+    return torch.arange(number, dtype=torch.float32, device="cpu")
 
 
 def around(paths: list[Path], shape: tuple[int, ...], uniform: bool) -> list[torch.Tensor]:
@@ -120,7 +124,7 @@ def window(before: Path, shape, kernel, steps, padding, gaps) -> Path:
         dims = [dim for dim in range(low.ndim) if dim != low.ndim + axis]
         first, last = low.amin(dims), high.amin(dims)
         jump, middle = _step(first, before.jump), (len(first) - 1) // 2
-        places = jump * (step * torch.arange(float(shape[axis])) - pad - middle)
+        places = jump * (step * _count(shape[axis]) - pad - middle)
         places = places[:, None] if axis == -2 else places
         end = jump * (length - 1) * gap
         reach.append((first[middle] + places).expand(shape).clone())

@@ -59,7 +59,9 @@ class Tracer(TorchDispatchMode):
         self.operations = []
         self.memory = set()  # where the tensors lie that were used
         self.paths = WeakTensorKeyDictionary()  # tensor -> Path
-        self.names, self.stack = {module: name for name, module in model.named_modules()}, [""]
+        # what torch.compile wraps keeps its name
+        modules = [(name.replace("_orig_mod.", ""), each) for name, each in model.named_modules()]
+        self.names, self.stack = {module: name for name, module in modules}, [""]
 
     def __enter__(self):
         self.hooks = [
@@ -254,7 +256,7 @@ class Tracer(TorchDispatchMode):
                     return leaf
                 if id(leaf) in call.known:
                     return call.known[id(leaf)].reach[part]
-                return torch.full(leaf.shape, torch.inf) if leaf.is_floating_point() else leaf
+                return nothing(leaf.shape)[0] if leaf.is_floating_point() else leaf
 
             results.append(tree_leaves(func(*tree_map(reach, args), **call.kwargs)))
         # views share their sources

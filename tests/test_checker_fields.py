@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from answers import ANSWERS, ConvBlocks, PlainSequential, narrow
 from checker.layout import layers_table, receptive_fields
-from checker.operations import evaluated, receptive_field, trace
+from checker.neutral import evaluated
+from checker.operations import receptive_field, trace
 from checker.rules import Row, format_rules, rules_table
 from checker.tables import markdown_table
 from checker.tracer import Tracer

@@ -1,10 +1,12 @@
 """The table of rules on networks in people's own styles, and on networks that break a rule each."""
 
 import itertools
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from answers import (
     GAP,
     VERDICTS,
     C,
+    ConvBlocks,
     PlainSequential,
     narrow,
     pair,
@@ -311,14 +314,86 @@ print(time.perf_counter() - start, *peak)
     assert seconds < 10 and memory < 1.0 * 2**20  # kilobytes
 
 
-def test_checking_leaves_the_network_as_it_was():
-    network = PlainSequential()
-    network.features[2].eval()
+class Counting(ConvBlocks):
+    """It changes a buffer and draws numbers in evaluation, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(1))
+
+    def forward(self, x):
+        self.steps += 1
+        drop = F.dropout(torch.ones(1), 0.5) if random.random() < 2 else np.random.rand()
+        return super().forward(x) + drop
+
+
+def _random_states():
+    numbers = np.random.get_state()[1].tolist()
+    return torch.get_rng_state().tolist(), random.getstate(), numbers
+
+
+def test_checking_leaves_the_network_and_the_random_states_as_they_were():
+    network = Counting().half()
+    network.convblock1[0].eval()
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    check_rules(network)
-    assert network.training and not network.features[2].training
+    states = _random_states()
+    check_rules(network, train_transform())
+    assert _random_states() == states
+    assert network.training and not network.convblock1[0].training
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
-    assert all(parameter.grad is None for parameter in network.parameters())
+    assert all(bool(parameter.grad.eq(1).all()) for parameter in network.parameters())
+
+
+def _compiled_inside():
+    network = ConvBlocks()
+    network.convblock1.compile()
+    network.convblock2 = torch.compile(network.convblock2)
+    return network
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ConvBlocks().eval(),
+        lambda: ConvBlocks().requires_grad_(False),
+        lambda: torch.compile(ConvBlocks()),
+        lambda: nn.DataParallel(ConvBlocks()),
+        lambda: torch.compile(nn.DataParallel(torch.compile(ConvBlocks()))),
+        _compiled_inside,
+    ],
+    ids=["eval", "frozen", "compiled", "parallel", "both", "inside"],
+)
+def test_a_mode_or_a_wrapper_changes_no_row(build):
+    assert check_rules(build()) == check_rules(ConvBlocks())
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        torch.inference_mode(),
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16),
+        torch.device("meta"),
+    ],
+    ids=["inference", "no_grad", "autocast", "device"],
+)
+def test_the_callers_modes_change_no_row(context):
+    network, made, expected = ConvBlocks(), narrow(), check_rules(ConvBlocks())
+    with context:
+        assert check_rules(network) == expected and check_rules(made) == check_rules(narrow())
+
+
+def test_the_default_type_changes_no_row_and_stays():
+    expected = check_rules(ConvBlocks())
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert check_rules(ConvBlocks()) == expected
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # ---------------------------------------------------------------- what breaks a rule
