@@ -1,202 +1,179 @@
-"""`python checker answers/*.py`: the rules on a folder of answers, each in a process of its own."""
+"""`python checker answers/*.py`: the rules on a folder of answers."""
 
 import argparse
-import contextlib
-import csv
-import importlib.util
-import inspect
-import itertools
-import json
+import glob
 import os
+import re
 import signal
-import subprocess
 import sys
-import tempfile
-import types
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
 
-from torch import nn
-
-from .rows import HOLDS, Row, one_line
-from .rules import check_rules
-from .tables import text_table
+from .report import Report, exit_status
+from .rules import PARAMETER_LIMIT, RECEPTIVE_FIELD_LIMIT, Limits
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-CHECK_ONE = "--check-one"  # the argument that marks a process of `check_file`
+CHOICE = re.compile(r"(?P<file>.+\.(?:py|ipynb)):(?P<network>[A-Za-z_]\w*(?:\(.*\))?)$", re.DOTALL)
+EPILOG = """
+The code is executed. Each file runs in a process and a temporary folder of its own, with a copy of
+its neighbours, without network, CUDA and standard input, and with limits of time, memory, processes
+and file size. Accidents are caught; malice is not: use a container for files that you do not trust.
+Of the networks in a file, the one shown is the last that takes (N, 3, 32, 32) and that the file
+builds itself, or else the last that it defines. Exit status: 0, 1 if a rule is broken, 2 if the
+command can't run, 3 if a file has no verdict.
+"""
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Print one table for files of networks: a row for each file, a column for each rule."""
-    if sys.argv[1:2] == [CHECK_ONE]:
-        return _check_one(*sys.argv[2:])
+def main(arguments: list[str] | None = None) -> int:
+    """Print one table for files of networks; return the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not hasattr(os, "fork"):
+        parser.error("this system can't fork a process for each file: use Linux, macOS or WSL")
+    from .sandbox import Job
+    from .server import check_files, preload
+
+    files = _expanded(options.files, parser)
+    limits = Limits(options.max_parameters, options.min_receptive_field)
+    report = Report([_shown(*each) for each in files], limits, options.long)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # no name may end the command where it can't be encoded
+            stream.reconfigure(errors="backslashreplace")
+    preload([file.read_text(encoding="utf-8", errors="ignore") for file, _ in files])
+    results, progress = [], Progress(len(files))
+    _stop_on(signal.SIGTERM)
+    print(report.head(), flush=True)
+    jobs = [Job(file, wanted, limits, options.timeout) for file, wanted in files]
+    for number, result in enumerate(check_files(jobs, CORES, progress.show)):
+        results.append(result)
+        progress.clear()
+        print(report.row(number, result), flush=True)
+    progress.clear()
+    _print_end(report, results)
+    if options.csv:
+        try:
+            report.write_csv(options.csv, [_shown(*each) for each in files], results)
+        except OSError as error:
+            print(
+                f"checker: {options.csv} could not be written ({error.strerror})", file=sys.stderr
+            )
+            return 2
+    return exit_status(results)
+
+
+def _print_end(report, results):
+    copies = report.copies(results)
+    if copies:
+        print(f"\n{copies}")
+    if any(result.get("offline") is False for result in results):
+        print("\nThis system did not let the files' network be denied.")
+
+
+def _parser():
     parser = argparse.ArgumentParser(
         prog="python checker",
-        description="Check the assignment's rules on the networks in Python files: one table.",
-        epilog="The files are executed, each in a process of its own: do not run it on files that "
-        "you do not trust. Of each file, the network is Net, or else the nn.Module class that "
-        "keeps the most rules, of those that can be built without arguments.",
+        description="Check the assignment's rules on the networks in Python files and notebooks.",
+        epilog=EPILOG,
     )
     parser.add_argument(
-        "files", nargs="+", metavar="FILE", help="a Python file with a network; it is executed"
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help="a Python file, a notebook, a folder of them or a pattern; FILE.py:Net or "
+        "FILE.py:Net(norm='BN') chooses the network",
     )
-    parser.add_argument(
-        "--csv", metavar="FILE", help="write the table with all measurements to this file, too"
-    )
+    parser.add_argument("--long", action="store_true", help="tell what holds, too, and why")
+    parser.add_argument("--csv", metavar="FILE", help="write all measurements to a file, too")
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=_above_zero(float),
         default=60,
         metavar="SECONDS",
         help="time for each file (default 60)",
     )
-    options = parser.parse_args(arguments)
-    with ThreadPoolExecutor(CORES) as pool:  # each thread waits for a process
-        answers = dict(
-            zip(
-                options.files,
-                pool.map(check_file, options.files, itertools.repeat(options.timeout)),
-                strict=True,
-            )
-        )
-    print(format_answers(answers))
-    if options.csv:
-        try:
-            with open(options.csv, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows(
-                    _answer_lines(answers, lambda row: f"{row.verdict}: {row.measured}")
-                )
-        except OSError as error:
-            sys.exit(f"checker: {options.csv} could not be written ({error.strerror})")
-
-
-def check_file(file: str, timeout: float = 60) -> tuple[str, list[Row]] | str:
-    """Check the network in a Python file, which is executed in a process of its own.
-
-    Returns:
-        the name of the class and its rows, or an error.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "rows.json")
-        process = subprocess.Popen(
-            [sys.executable, Path(__file__).parent, CHECK_ONE, Path(file).resolve(), path],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return f"took longer than {timeout:g} seconds"
-        finally:
-            _end(process)
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return f"ended its process with exit code {process.returncode}"
-    return result if isinstance(result, str) else (result[0], [Row(*row) for row in result[1]])
-
-
-def _end(process):
-    """End a process and whatever it started."""
-    with contextlib.suppress(OSError):
-        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
-    process.wait()
-
-
-def _check_one(file, path):
-    """Write the name and the rows of the network in a file, or its error, as JSON."""
-    try:
-        result = _check_module(_import(Path(file)))
-    except BaseException as error:  # a file that exits is an error, too
-        result = _described(error)
-    Path(path).write_text(json.dumps(result), encoding="utf-8")
-
-
-def _described(error):
-    return f"{type(error).__name__}: {one_line(error)}"
-
-
-def _import(file):
-    """Return the module of a file. It may import its neighbours, by their names or as those of a
-    package.
-    """
-    if file.suffix != ".py":
-        raise ValueError(
-            "this is no Python file (of a notebook, `jupyter nbconvert --to script` makes one)"
-        )
-    name = file.parent.name
-    if (
-        name in sys.modules or (file.parent / f"{name}.py").exists()
-    ):  # the package must not hide another module
-        name = f"folder_{name}"
-    package = sys.modules[name] = types.ModuleType(name)
-    package.__path__ = [str(file.parent)]
-    sys.path.insert(0, str(file.parent))
-    spec = importlib.util.spec_from_file_location(f"{name}.{file.stem}", file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _check_module(module):
-    """Return the name and the rows of `Net`, or else of the class that keeps the most rules of
-    those that run.
-    """
-    if callable(getattr(module, "Net", None)):
-        return "Net", check_rules(module.Net())
-    checked, errors = {}, []
-    for name, value in list(vars(module).items()):
-        if (
-            inspect.isclass(value)
-            and issubclass(value, nn.Module)
-            and value.__module__ == module.__name__
-        ):
-            try:
-                checked[name] = check_rules(value())
-            except Exception as error:  # a part of a network, or a network for other images
-                errors.append(f"{name}: {_described(error)}")
-    if not checked:
-        raise ValueError("; ".join(errors) or "there is no class of a network")
-    return max(checked.items(), key=lambda item: sum(row.verdict == HOLDS for row in item[1]))
-
-
-def _answer_lines(answers, cell):
-    """Return the table of answers: a line for each file, a column for each rule."""
-    columns = list(
-        dict.fromkeys(
-            row.rule
-            for answer in answers.values()
-            if not isinstance(answer, str)
-            for row in answer[1]
-        )
+    parser.add_argument(
+        "--max-parameters",
+        type=_above_zero(int),
+        default=PARAMETER_LIMIT,
+        metavar="N",
+        help=f"fewer than so many (default {PARAMETER_LIMIT:,})",
     )
-    lines = [["file", "network", *columns, "error"]]
-    for file, answer in answers.items():
-        if isinstance(answer, str):
-            lines.append([file, "", *[""] * len(columns), answer])
+    parser.add_argument(
+        "--min-receptive-field",
+        type=_above_zero(int),
+        default=RECEPTIVE_FIELD_LIMIT,
+        metavar="PIXELS",
+        help=f"above so many (default {RECEPTIVE_FIELD_LIMIT})",
+    )
+    return parser
+
+
+def _above_zero(kind):
+    def convert(text):
+        try:
+            value = kind(text.replace("_", "").replace(",", ""))
+        except ValueError:
+            value = 0
+        if not 0 < value < 10**9:
+            raise argparse.ArgumentTypeError(f"{text!r}: choose a number above 0")
+        return value
+
+    return convert
+
+
+def _shown(file, wanted):
+    return f"{file}:{wanted}" if wanted else str(file)
+
+
+def _expanded(arguments, parser) -> list[tuple[Path, str]]:
+    """Return the files of paths, folders and patterns, each with the network that is chosen."""
+    files = []
+    for argument in arguments:
+        choice = None if os.path.exists(argument) else CHOICE.match(argument)
+        name, wanted = (choice["file"], choice["network"]) if choice else (argument, "")
+        if os.path.isdir(name):
+            found = [path for path in sorted(Path(name).rglob("*")) if _is_answer(path, name)]
+        elif os.path.exists(name):
+            found = [Path(name)]
         else:
-            cells = {row.rule: cell(row) for row in answer[1]}
-            lines.append([file, answer[0], *(cells.get(column, "") for column in columns), ""])
-    return lines
+            found = [Path(path) for path in sorted(glob.glob(name, recursive=True))]
+        if not found:
+            parser.error(f"{name}: there is no such file, or no Python file and notebook in it")
+        files += [(path, wanted) for path in found]
+    return list(dict.fromkeys(files))
 
 
-def format_answers(answers: dict[str, tuple[str, list[Row]] | str]) -> str:
-    """Return the verdicts of many files as a text table, and after it what was seen where one is
-    not "holds".
-    """
-    lines = [line[:-1] for line in _answer_lines(answers, lambda row: row.verdict)]
-    lines = [[file, *(cells if any(cells) else ["error"] * len(cells))] for file, *cells in lines]
-    notes = []
-    for file, answer in answers.items():
-        notes += (
-            [(file, "error", answer)]
-            if isinstance(answer, str)
-            else [
-                (file, row.verdict, f"{row.rule}: {row.measured}")
-                for row in answer[1]
-                if row.verdict != HOLDS
-            ]
-        )
-    return text_table(lines, most=16) + ("\n\n" + text_table(notes) if notes else "")
+def _is_answer(path, folder):
+    inner = path.relative_to(folder).parts
+    hidden = any(part.startswith((".", "__")) for part in inner)
+    return path.suffix in (".py", ".ipynb") and not hidden and path.is_file()
+
+
+def _stop_on(number):
+    """Have a signal end the command as Ctrl-C does, so that all files are ended first."""
+
+    def stop(*_):
+        raise SystemExit(128 + number)
+
+    signal.signal(number, stop)
+
+
+class Progress:
+    """A bar on the terminal, below the rows that are there."""
+
+    def __init__(self, files: int):
+        self.files, self.start = files, time.monotonic()
+        self.shown = sys.stderr.isatty()
+
+    def show(self, done: int) -> None:
+        """Draw the bar."""
+        if self.shown:
+            full = 30 * done // self.files
+            seconds = time.monotonic() - self.start
+            bar = "#" * full + "." * (30 - full)
+            print(f"\r[{bar}] {done} of {self.files}, {seconds:.0f} s", end="", file=sys.stderr)
+
+    def clear(self) -> None:
+        """Remove the bar, so that a row can be printed."""
+        if self.shown:
+            print("\r" + " " * 60 + "\r", end="", file=sys.stderr, flush=True)

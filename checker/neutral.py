@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import random
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -45,7 +46,8 @@ def neutral(model: nn.Module, as_it_is: bool = False) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast("cpu", enabled=False))
-        if hasattr(torch.compiler, "set_stance"):  # what is compiled inside runs uncompiled
+        # what is compiled inside runs uncompiled; nothing is if the compiler was never imported
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if not as_it_is:
             stack.enter_context(torch.device("cpu"))

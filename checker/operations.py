@@ -3,6 +3,7 @@
 `trace` lists the operations; `receptive_field` is a single figure.
 """
 
+import hashlib
 import math
 from typing import NamedTuple
 
@@ -93,6 +94,18 @@ def _leading_to(ends, operations):
         )
         for old in kept
     ]
+
+
+def fingerprint(run: Run, parameters: int) -> str:
+    """Return four letters and digits that two networks of the same operations share.
+
+    Names don't count, nor what works element by element, as an activation or dropout.
+    """
+    kept = [
+        (each.kind, each.channels, each.size, *each[5:9], sorted(each.sources))
+        for each in run.operations
+    ]
+    return hashlib.sha256(repr((kept, parameters)).encode()).hexdigest()[:4]
 
 
 def receptive_field(model: nn.Module) -> int | float:

@@ -5,12 +5,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 HOLDS, BROKEN, UNDECIDED = "holds", "BROKEN", "undecided"
+OPTIONAL = "optional"  # only one version of the assignment has this rule
+CLAIMED, NONE_FOUND = "claimed", "none found"  # what only a training can tell
+VERDICTS = {HOLDS, BROKEN, UNDECIDED, OPTIONAL, CLAIMED, NONE_FOUND}
 
 
 class Row(NamedTuple):
     """A rule, what was measured, and the verdict.
 
-    The verdict is `HOLDS`, `BROKEN`, or `UNDECIDED`, where what was measured says why.
+    The verdict is `HOLDS`, `BROKEN`, or `UNDECIDED`, where what was measured says why. Rows that
+    only inform have another one.
     """
 
     rule: str

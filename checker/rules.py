@@ -1,12 +1,14 @@
 """The assignment's rules, measured on any network by running it."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
 from .blocks import NUM_CLASSES, Layout, find_blocks
 from .layout import convolution_units, is_dilated, is_strided, name_of, place_of, role_of, stride_of
 from .neutral import inner_network
-from .operations import field_before, run_traced, whole_pixels
+from .operations import Run, field_before, run_traced, whole_pixels
 from .rows import BROKEN, HOLDS, UNDECIDED, Row, listed, make_row, one_line
 from .tables import markdown_table, text_table
 from .tracer import Operation
@@ -15,35 +17,52 @@ from .transforms import check_transform
 PARAMETER_LIMIT, RECEPTIVE_FIELD_LIMIT = 200_000, 44  # the assignment's "fewer than" and "above"
 
 
-def check_rules(model: nn.Module, transform: object | None = None) -> list[Row]:
+class Limits(NamedTuple):
+    """The assignment's "fewer than" and "above"."""
+
+    parameters: int = PARAMETER_LIMIT
+    receptive_field: int = RECEPTIVE_FIELD_LIMIT
+
+
+THIS_YEAR = Limits()
+
+
+def check_rules(
+    model: nn.Module, transform: object | None = None, limits: Limits = THIS_YEAR
+) -> list[Row]:
     """Measure the assignment's rules on a network by running it, and on its training transform.
 
     Args:
         model: from (N, 3, 32, 32) images to (N, 10) logits.
         transform: an albumentations transform, from uint8 (H, W, 3) to (32, 32, 3).
+        limits: other ones than this year's.
 
     Raises:
         ValueError: the network does not run on such an image, or returns something else; the
             transform is none of albumentations, or fails.
     """
-    operations, _, unused = _run_any(model)
-    layout = find_blocks(operations)
+    rows = check_run(run_any(model), model, limits)
+    return rows if transform is None else rows + check_transform(transform)
+
+
+def check_run(run: Run, model: nn.Module, limits: Limits) -> list[Row]:
+    """Return the rows of a network that `run_any` has run."""
+    operations, layout = run.operations, find_blocks(run.operations)
     return [
         check_four_blocks(layout),
         check_three_convolutions(layout),
         check_strides(layout),
         check_pooling(operations),
-        check_receptive_field(operations),
+        check_receptive_field(operations, limits.receptive_field),
         check_separable(operations),
         check_dilated(operations),
         check_global_pooling(operations),
         check_fully_connected(operations),
-        check_parameters(model, unused),
-        *(check_transform(transform) if transform is not None else []),
+        check_parameters(model, run.unused, limits.parameters),
     ]
 
 
-def _run_any(model):
+def run_any(model: nn.Module) -> Run:
     """Run a network that anybody wrote. A ValueError says that it is none for this task."""
     name = type(inner_network(model)).__name__
     try:
@@ -176,22 +195,22 @@ def check_pooling(operations: list[Operation]) -> Row:
     return make_row("no pooling but the final one", listed(early) or "none", not early)
 
 
-def check_receptive_field(operations: list[Operation]) -> Row:
+def check_receptive_field(operations: list[Operation], limit: int) -> Row:
     """The receptive field of one position before the global pooling is large enough."""
-    rule, field = f"receptive field above {RECEPTIVE_FIELD_LIMIT}", field_before(operations)
+    rule, field = f"receptive field above {limit}", field_before(operations)
     if field == float("inf"):
         where = next((place_of(each) for each in operations if each.kind == "attention"), "forward")
         return Row(rule, f"the whole image, by {where}", HOLDS)
     pixels = whole_pixels(field)
     doubts = [each for each in operations if each.kind in ("other", "squeeze-excite")]
-    if pixels <= RECEPTIVE_FIELD_LIMIT and doubts:
+    if pixels <= limit and doubts:
         what = (
             f"{doubts[0].name} can't be followed"
             if doubts[0].kind == "other"
             else "squeeze-excite sees more"
         )
         return Row(rule, f"{pixels}, but {what} ({place_of(doubts[0])})", UNDECIDED)
-    return make_row(rule, f"{pixels}", pixels > RECEPTIVE_FIELD_LIMIT)
+    return make_row(rule, f"{pixels}", pixels > limit)
 
 
 def check_separable(operations: list[Operation]) -> Row:
@@ -254,21 +273,21 @@ def check_fully_connected(operations: list[Operation]) -> Row:
     return make_row("then at most one fully connected layer", measured, len(head) <= 1)
 
 
-def check_parameters(model: nn.Module, unused: dict[str, int]) -> Row:
+def check_parameters(model: nn.Module, unused: dict[str, int], limit: int) -> Row:
     """There are few enough parameters, frozen ones included. It is undecided if only those that are
     used are.
     """
     rule, parameters = (
-        f"fewer than {PARAMETER_LIMIT:,} parameters",
+        f"fewer than {limit:,} parameters",
         sum(each.numel() for each in model.parameters()),
     )
     measured, idle = f"{parameters:,}", sum(unused.values())
     measured += (
         f", {idle:,} of them in layers that are not used ({listed(list(unused))})" if idle else ""
     )
-    if parameters - idle < PARAMETER_LIMIT <= parameters:
+    if parameters - idle < limit <= parameters:
         return Row(rule, measured, UNDECIDED)
-    return make_row(rule, measured, parameters < PARAMETER_LIMIT)
+    return make_row(rule, measured, parameters < limit)
 
 
 # ---------------------------------------------------------------- tables

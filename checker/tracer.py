@@ -63,6 +63,11 @@ class Tracer(TorchDispatchMode):
         modules = [(name.replace("_orig_mod.", ""), each) for name, each in model.named_modules()]
         self.names, self.stack = {module: name for name, module in modules}, [""]
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        """Keep PyTorch from importing its compiler, which takes longer than all of a check."""
+        return False
+
     def __enter__(self):
         self.hooks = [
             register_module_forward_pre_hook(self._enter_module),

@@ -9,7 +9,7 @@ import dataset
 from answers import TINY, table
 from checker.blocks import NUM_CLASSES
 from checker.rules import check_rules
-from checker.transforms import MEAN_COLOUR
+from checker.transforms import MEAN_COLOUR, record_arguments
 from dataset import FILL, train_transform
 
 HOLE = {
@@ -58,12 +58,10 @@ def hole(**changes):
         ("CoarseDropout: one 16x16 hole", "2x16 to 16x16", hole(hole_height_range=(2, 16))),
         (
             "... filled with the mean colour",
-            "0 0 0",
+            "0 0 0: the scale is 0 to 255",
             hole(fill=(0.4914, 0.4822, 0.4465)),
-        ),  # for other images than bytes
+        ),
         ("... filled with the mean colour", "128 128 128", hole(fill=128)),
-        ("Resize", "40x40 becomes 32x32", replaced("Resize", A.CenterCrop(32, 32))),
-        ("Resize", "40x40 becomes 28x28", replaced("Resize", A.Resize(28, 28))),
     ],
 )
 def test_a_transform_that_breaks_a_rule_fails_its_row(rule, measured, transform):
@@ -108,8 +106,81 @@ def test_any_transform_of_albumentations_is_measured(transform, flips):
     assert rows["Resize"] == (
         ("40x40 becomes 32x32", True)
         if "ToTensorV2" in str(transform)
-        else ("40x40 becomes 40x40", False)
+        else ("40x40 becomes 40x40", "optional")
     )
+
+
+@pytest.mark.parametrize(
+    "step, text",
+    [
+        (A.CenterCrop(32, 32), "40x40 becomes 32x32"),
+        (A.Resize(28, 28), "40x40 becomes 28x28"),
+        (A.NoOp(), "40x40 becomes 40x40"),
+    ],
+)
+def test_resize_only_informs(step, text):
+    assert table(TINY, replaced("Resize", step))["Resize"] == (text, "optional")
+
+
+OLD = {
+    "max_holes": 1,
+    "max_height": 16,
+    "max_width": 16,
+    "min_holes": 1,
+    "min_height": 16,
+    "min_width": 16,
+    "fill_value": FILL,
+    "mask_fill_value": None,
+}
+NEW = "CoarseDropout(num_holes_range=(1, 1), hole_height_range=(16, 16), hole_width_range=(16, 16)"
+
+
+@pytest.mark.filterwarnings("ignore:Argument")
+def test_old_argument_names_of_a_finished_hole_are_the_reason_why_it_is_broken():
+    rows = table(TINY, replaced("CoarseDropout", A.CoarseDropout(**OLD, p=1)))
+    text, holds = rows["CoarseDropout: one 16x16 hole"]
+    assert not holds and "this albumentations ignores the old arguments max_holes, max_h" in text
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    monkeypatch.setattr(A.CoarseDropout, "__init__", A.CoarseDropout.__init__)
+    record_arguments()
+
+
+@pytest.mark.filterwarnings("ignore:Argument")
+@pytest.mark.parametrize(
+    "changes, size, colour",
+    [
+        ({}, ("16x16", True), ("125 123 114", True)),
+        ({"min_holes": None, "min_height": None}, ("16x16", True), ("125 123 114", True)),
+        ({"max_height": 0.5, "min_height": 0.5}, ("16x16", True), ("125 123 114", True)),
+        ({"min_height": 8}, ("8x16 to 16x16", False), ("125 123 114", True)),
+        ({"max_holes": 3}, ("1 to 3 holes", False), ("125 123 114", True)),
+        ({"fill_value": 0}, ("16x16", True), ("0 0 0", False)),
+        ({"fill_value": [0.4914, 0.4822, 0.4465]}, ("16x16", True), ("0 0 0: the", False)),
+    ],
+)
+def test_recorded_arguments_count_and_their_new_names_are_told(recorded, changes, size, colour):
+    rows = table(TINY, replaced("CoarseDropout", A.CoarseDropout(**{**OLD, **changes}, p=1)))
+    for (text, holds), rule in zip((size, colour), list(rows)[-3:-1], strict=True):
+        assert rows[rule][0].startswith(text) and rows[rule][1] is holds
+    assert "albumentations 2 ignores" in rows["CoarseDropout: one 16x16 hole"][0]
+    if not changes:
+        text = rows["CoarseDropout: one 16x16 hole"][0]
+        assert f"{NEW}, fill=(125, 123, 114))" in text
+        assert table(TINY, hole())["CoarseDropout: one 16x16 hole"] == ("16x16", True)
+
+
+@pytest.mark.parametrize(
+    "mean, holds", [((0.4914, 0.4822, 0.4465), True), ((0.5, 0.5, 0.5), False)]
+)
+def test_after_normalize_zero_is_the_mean(mean, holds):
+    steps = A.Normalize(mean, (0.2, 0.2, 0.2)), A.CoarseDropout(**{**HOLE, "fill": 0})
+    rows = table(TINY, A.Compose([A.Sequential(list(steps)), ToTensorV2()]))
+    assert rows["CoarseDropout: one 16x16 hole"] == ("16x16", True)
+    text = "125 123 114" if holds else "128 128 128"
+    assert rows["... filled with the mean colour"] == (text, holds)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,172 @@
+"""One student's file: find the network, measure the rules. It runs in a process of its own."""
+
+import os
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from .candidates import Candidate, built, chosen_candidate, find_candidates
+from .execution import execute_definitions, execute_whole, new_module
+from .operations import fingerprint
+from .rows import CLAIMED, NONE_FOUND, Row, listed, one_line
+from .rules import Limits, check_run, run_any
+from .source import Source, claims, read_source
+from .stand_ins import Finder, StandIn
+from .transforms import check_transform, record_arguments
+
+
+def examine(file: Path, wanted: str, limits: Limits, whole: bool) -> dict:
+    """Execute a file and return its network's name, rows, notes and fingerprint, or an error.
+
+    Args:
+        file: a copy of the student's file among copies of its neighbours.
+        wanted: the network in the student's words, as "Net" or "Net(norm='BN')"; "" if any.
+        whole: execute all of the file, and not only its imports, classes and constants.
+    """
+    executed = False
+    try:
+        source = read_source(file)
+        for name, text in source.written.items():
+            (file.parent / name).write_text(text, encoding="utf-8")
+        finder = _open_to_neighbours(file)
+        module = new_module(file)
+        if "albumentations" in source.text():
+            record_arguments()
+        errors = []
+        if whole:
+            execute_whole(module, source)
+        else:
+            errors = execute_definitions(module, source)
+        executed = StandIn.needed = True
+        return _judge(module, source, wanted, limits, errors, finder.missing)
+    except BaseException as error:  # a file that exits is an error, too
+        return {"error": _described(error), "executed": executed}
+
+
+def _described(error):
+    if isinstance(error, ValueError) and type(error) is ValueError:
+        return one_line(error)
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
+def _open_to_neighbours(file):
+    """Let the file import its neighbours and those in the folder above, before anything of ours."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "checker"]:
+        del sys.modules[name]  # the student may have a module of that name
+    sys.path[:0] = [str(file.parent), str(file.parent.parent)]
+    os.chdir(file.parent)
+    sys.argv = [str(file)]
+    finder = Finder(file.parent.parent)
+    sys.meta_path.append(finder)
+    warnings.simplefilter("ignore")
+    return finder
+
+
+def _judge(module, source, wanted, limits, errors, missing):
+    candidates = [chosen_candidate(module, wanted)] if wanted else None
+    if candidates is None:
+        candidates = find_candidates(module, source.statements())
+    running, failures = {}, []
+    for candidate in candidates:
+        for way in candidate.ways:
+            try:
+                model = built(way)
+                running[candidate.name] = (candidate, way.label, model, run_any(model))
+                break
+            except ValueError as error:
+                failures.append((candidate, one_line(error)))
+    if not running:
+        raise ValueError(_why_none(failures, errors, missing))
+    # built in the file, and last; or else the last defined
+    candidate, label, model, run = max(
+        running.values(), key=lambda each: (each[0].place, candidates.index(each[0]))
+    )
+    notes = _notes(candidate, running, failures, missing)
+    transform_rows, note = _check_transforms(vars(module))
+    rows = [*check_run(run, model, limits), _claim(source), *transform_rows]
+    parameters = sum(each.numel() for each in model.parameters())
+    return {
+        "network": label,
+        "rows": [list(row) for row in rows],
+        "notes": [*notes, *note],
+        "mark": fingerprint(run, parameters),
+    }
+
+
+def _why_none(failures, errors, missing):
+    """Return why no network was found, beginning with what the file builds itself."""
+    failures = sorted(failures, key=lambda each: each[0].place, reverse=True)
+    texts = list(dict.fromkeys(text for _, text in failures))
+    if not texts:
+        texts = ["there is no class of a network", *dict.fromkeys(errors)]
+        if missing:
+            texts.append(f"these packages are missing: {listed(missing)}")
+    return "; ".join(texts[:3])
+
+
+def _notes(chosen: Candidate, running, failures, missing) -> list[str]:
+    others = [label for candidate, label, *_ in running.values() if candidate is not chosen]
+    notes = [f"also in this file: {listed(others)}"] if others else []
+    for candidate, text in failures:
+        if candidate.place >= 0 and candidate.name not in running:
+            notes.append(f"also in this file, but not for this task: {text}")
+    if missing:
+        notes.append(f"missing packages, stood in for: {listed(missing)}")
+    return list(dict.fromkeys(notes))
+
+
+# ---------------------------------------------------------------- augmentation and training
+
+
+def _check_transforms(names) -> tuple[list[Row], list[str]]:
+    """Return the rows of the training transform at module level, and notes."""
+    if "albumentations" not in sys.modules:
+        return [], []
+    found = [(name, each) for name, value in names.items() for each in _transforms_in(value)]
+    if not found:
+        return [], []
+    name, transform = max(enumerate(found), key=lambda item: (_rank(*item[1]), item[0]))[1]
+    notes = [f"augmentation: of {len(found)} transforms, {name}"] if len(found) > 1 else []
+    try:
+        return check_transform(transform), notes
+    except ValueError as error:
+        return [], [*notes, f"augmentation: {one_line(error)}"]
+
+
+def _transforms_in(value, depth=2) -> Iterator[object]:
+    """Return the transforms of albumentations that an object is or holds."""
+    library = sys.modules["albumentations"]
+    inner = []
+    if isinstance(value, library.BaseCompose | library.BasicTransform):
+        yield value
+    elif isinstance(value, dict):
+        inner = value.values()
+    elif not isinstance(value, type | types.ModuleType | types.FunctionType | torch.nn.Module):
+        inner = getattr(value, "__dict__", {}).values()
+    for each in list(inner) if depth else []:
+        yield from _transforms_in(each, depth - 1)
+
+
+def _rank(name, transform):
+    """Return how much a transform looks like that of the training."""
+    steps = str(transform)
+    named = sum(step in steps for step in ("HorizontalFlip", "ShiftScaleRotate", "CoarseDropout"))
+    return "train" in name.lower(), "test" not in name.lower(), named
+
+
+def _claim(source: Source) -> Row:
+    """Return the row of the test accuracy, which only the outputs of a notebook can tell."""
+    found = claims(source)
+    if not found:
+        return Row("test accuracy", "none found", NONE_FOUND)
+
+    def told(claim):
+        epoch = f"epoch {claim.epoch}, " if claim.epoch else ""
+        return f"{claim.accuracy:g} % ({epoch}cell {claim.cell})"
+
+    best = max(found, key=lambda claim: claim.accuracy)
+    return Row("test accuracy", f"best {told(best)}, last {told(found[-1])}", CLAIMED)

@@ -1,0 +1,72 @@
+"""The fork server: several guards at a time, their results in order."""
+
+import contextlib
+import importlib
+import json
+import os
+import select
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+
+from .sandbox import RESULT, Job, start
+
+# what takes long to import: if a file asks for it, it is imported once, for all files
+HEAVY = ("torchvision.transforms", "albumentations", "matplotlib.pyplot", "pandas", "cv2")
+
+
+def preload(codes: list[str]) -> None:
+    """Import what these codes mention and what takes long, so that each fork has it."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    for name in HEAVY:
+        if any(name.split(".")[0] in code for code in codes):
+            with contextlib.suppress(Exception), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                importlib.import_module(name)
+
+
+def check_files(
+    jobs: list[Job], processes: int, waiting: Callable[[int], None] = lambda done: None
+) -> Iterator[dict]:
+    """Check files, several at a time; yield the result of each in order, as soon as it is there.
+
+    Args:
+        waiting: is called with the number of finished files, several times a second.
+    """
+    running, results, next_job = {}, {}, 0
+    try:
+        for number in range(len(jobs)):
+            while number not in results:
+                while len(running) < processes and next_job < len(jobs):
+                    running[next_job] = [*start(jobs[next_job]), b""]
+                    next_job += 1
+                _collect(running, results)
+                waiting(len(results))
+            yield results.pop(number)
+    finally:
+        stop([guard for guard, *_ in running.values()])
+
+
+def _collect(running, results):
+    """Read from the pipes of the guards until one is done, or a moment has passed."""
+    pipes = {pipe: number for number, (_, pipe, _) in running.items()}
+    for pipe in select.select(list(pipes), [], [], 0.2)[0]:
+        part = os.read(pipe, RESULT)
+        number = pipes[pipe]
+        running[number][2] += part
+        if not part:
+            guard, _, data = running.pop(number)
+            os.close(pipe)
+            os.waitpid(guard, 0)
+            results[number] = json.loads(data) if data else {"error": "its guard was ended"}
+
+
+def stop(guards: list[int]) -> None:
+    """End guards, and with them whatever their files have started."""
+    for guard in guards:
+        with contextlib.suppress(OSError):
+            os.kill(guard, signal.SIGTERM)
+    for guard in guards:
+        with contextlib.suppress(OSError):
+            os.waitpid(guard, 0)
