@@ -14,8 +14,8 @@ from .execution import execute_definitions, execute_whole, new_module
 from .operations import fingerprint
 from .rows import CLAIMED, NONE_FOUND, Row, listed, one_line
 from .rules import Limits, check_run, run_any
-from .source import Source, claims, read_source
-from .stand_ins import Finder, StandIn
+from .source import Source, claims, part_names, read_source
+from .stand_ins import Finder, OnCpu, StandIn
 from .transforms import check_transform, record_arguments
 
 
@@ -42,15 +42,16 @@ def examine(file: Path, wanted: str, limits: Limits, whole: bool) -> dict:
         else:
             errors = execute_definitions(module, source)
         executed = StandIn.needed = True
-        return _judge(module, source, wanted, limits, errors, finder.missing)
+        torch.set_default_device("cpu")
+        with OnCpu():
+            return _judge(module, source, wanted, limits, errors, finder.missing)
     except BaseException as error:  # a file that exits is an error, too
         return {"error": _described(error), "executed": executed}
 
 
 def _described(error):
-    if isinstance(error, ValueError) and type(error) is ValueError:
-        return one_line(error)
-    return f"{type(error).__name__}: {one_line(error)}"
+    text, kind = one_line(error), type(error).__name__
+    return text if type(error) is ValueError or text.startswith(kind) else f"{kind}: {text}"
 
 
 def _open_to_neighbours(file):
@@ -67,32 +68,37 @@ def _open_to_neighbours(file):
 
 
 def _judge(module, source, wanted, limits, errors, missing):
-    candidates = [chosen_candidate(module, wanted)] if wanted else None
-    if candidates is None:
-        candidates = find_candidates(module, source.statements())
+    statements = source.statements()
+    if wanted:
+        candidates = [chosen_candidate(module, statements, wanted)]
+    else:
+        candidates = find_candidates(module, statements)
     running, failures = {}, []
     for candidate in candidates:
         for way in candidate.ways:
             try:
                 model = built(way)
-                running[candidate.name] = (candidate, way.label, model, run_any(model))
+                running[candidate.name] = (candidate, way, model, run_any(model))
                 break
             except ValueError as error:
                 failures.append((candidate, one_line(error)))
+    parts = part_names(statements)
+    wholes = [(each, text) for each, text in failures if each.name not in parts]
     if not running:
-        raise ValueError(_why_none(failures, errors, missing))
+        raise ValueError(_why_none(wholes or failures, errors, missing))
     # built in the file, and last; or else the last defined
-    candidate, label, model, run = max(
+    candidate, way, model, run = max(
         running.values(), key=lambda each: (each[0].place, candidates.index(each[0]))
     )
-    notes = _notes(candidate, running, failures, missing)
-    transform_rows, note = _check_transforms(vars(module))
+    notes = ["the arguments are guesses by their names"] if way.guessed else []
+    notes += _notes(candidate, running, wholes, missing)
+    transform_rows, transform_notes = _check_transforms(vars(module))
     rows = [*check_run(run, model, limits), _claim(source), *transform_rows]
     parameters = sum(each.numel() for each in model.parameters())
     return {
-        "network": label,
+        "network": way.label,
         "rows": [list(row) for row in rows],
-        "notes": [*notes, *note],
+        "notes": notes + transform_notes,
         "mark": fingerprint(run, parameters),
     }
 
@@ -109,10 +115,10 @@ def _why_none(failures, errors, missing):
 
 
 def _notes(chosen: Candidate, running, failures, missing) -> list[str]:
-    others = [label for candidate, label, *_ in running.values() if candidate is not chosen]
+    others = [way.label for each, way, *_ in running.values() if each is not chosen]
     notes = [f"also in this file: {listed(others)}"] if others else []
     for candidate, text in failures:
-        if candidate.place >= 0 and candidate.name not in running:
+        if candidate.name not in running:
             notes.append(f"also in this file, but not for this task: {text}")
     if missing:
         notes.append(f"missing packages, stood in for: {listed(missing)}")
@@ -124,17 +130,24 @@ def _notes(chosen: Candidate, running, failures, missing) -> list[str]:
 
 def _check_transforms(names) -> tuple[list[Row], list[str]]:
     """Return the rows of the training transform at module level, and notes."""
-    if "albumentations" not in sys.modules:
-        return [], []
+    library = sys.modules.get("albumentations")
+    homes = [str(getattr(value, "__module__", "")) for value in names.values()]
+    used = library in names.values() or any(map(_is_of_albumentations, homes))
+    if library is None or not used:
+        return [], []  # another file may have been the one to import it
     found = [(name, each) for name, value in names.items() for each in _transforms_in(value)]
     if not found:
-        return [], []
+        return [], ["albumentations is imported, but no transform of it is at module level"]
     name, transform = max(enumerate(found), key=lambda item: (_rank(*item[1]), item[0]))[1]
     notes = [f"augmentation: of {len(found)} transforms, {name}"] if len(found) > 1 else []
     try:
         return check_transform(transform), notes
     except ValueError as error:
         return [], [*notes, f"augmentation: {one_line(error)}"]
+
+
+def _is_of_albumentations(module_name):
+    return module_name.split(".")[0] == "albumentations"
 
 
 def _transforms_in(value, depth=2) -> Iterator[object]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .execution import is_harmless
+from .neutral import inner_network
 from .rows import one_line
 from .source import called_name, module_calls
 from .stand_ins import StandIn
@@ -21,6 +22,7 @@ class Way(NamedTuple):
 
     label: str  # "Net(norm='BN')"
     build: Callable[[], nn.Module]
+    guessed: bool = False  # whether the arguments are guesses from their names
 
 
 class Candidate(NamedTuple):
@@ -33,17 +35,18 @@ class Candidate(NamedTuple):
 
 # what an argument without a default may be, by its name; the first pattern that matches counts
 GUESSES = (
-    (r"class|out_?put|num_?out|n_?out|out_(dim|features)|labels", (10,)),
+    (r"out_?(ch|plane|filter)", (16,)),
+    (r"class|output|num_?out|n_?out|out_(dim|features)|labels", (10,)),
     (r"drop|^p$|prob", (0.1,)),
     (r"norm|^bn$", ("BN", "bn", "batch", "BatchNorm", nn.BatchNorm2d)),
-    (r"act|relu", (nn.ReLU,)),
+    (r"^act|activation|relu", (nn.ReLU,)),
     (r"in_?(put)?_?(ch|plane|dim|feat)|channels?$|^in_?c|input", (3,)),
     (r"base|width|filters|planes|hidden|growth|start|out_?c|ch", (16,)),
     (r"image|img|size", (32,)),
     (r"kernel", (3,)),
     (r"device", ("cpu",)),
     (r"bias|use|is_|with|verbose|debug", (False,)),
-    (r"groups|stride|padding|dilation|mult|ratio|scale", (1,)),
+    (r"groups|stride|padding|dilation|mult|ratio|scale|expansion|reduction", (1,)),
 )
 
 
@@ -72,7 +75,7 @@ def find_candidates(module: types.ModuleType, statements: list[ast.stmt]) -> lis
         if isinstance(each, nn.Module) and not name.startswith("_")
     }
     for name, each in instances.items():
-        kind = type(each).__name__
+        kind = type(inner_network(each)).__name__
         way = Way(name, lambda each=each: each)
         same = next((place for place, other in enumerate(found) if other.name == kind), None)
         if same is not None:  # better than another one of its class, with guessed arguments
@@ -88,7 +91,9 @@ def find_candidates(module: types.ModuleType, statements: list[ast.stmt]) -> lis
     return found
 
 
-def chosen_candidate(module: types.ModuleType, wanted: str) -> Candidate:
+def chosen_candidate(
+    module: types.ModuleType, statements: list[ast.stmt], wanted: str
+) -> Candidate:
     """Return what `FILE.py:Net` or `FILE.py:Net(norm='BN')` chooses.
 
     Raises:
@@ -102,7 +107,7 @@ def chosen_candidate(module: types.ModuleType, wanted: str) -> Candidate:
         return Candidate(name, [Way(wanted, lambda: eval(wanted, vars(module)))], 0)
     if isinstance(target, nn.Module):
         return Candidate(name, [Way(name, lambda: target)], 0)
-    return Candidate(name, list(_ways(name, target, [], module)), 0)
+    return Candidate(name, list(_ways(name, target, module_calls(statements), module)), 0)
 
 
 def _is_network_class(value):
@@ -149,15 +154,17 @@ def _ways(name, target, calls, module) -> Iterator[Way]:
                 arguments = _evaluated(call, module)
             except Exception:  # they are known only within a function
                 continue
-            yield Way(_label(name, *arguments), _builder(target, *arguments))
+            label = _label(name, *arguments)
+            label = ast.unparse(call) if " at 0x" in label else label
+            yield Way(label, _builder(target, *arguments))
     required = _required(target)
-    if not required:
+    if not required or not all(map(_guesses, required)):  # the error names what can't be guessed
         yield Way(name, _builder(target, [], {}))
-    elif all(_guesses(each) for each in required):
+    else:
         most = max(len(_guesses(each)) for each in required)
         for place in range(most):
             guess = {each: _guesses(each)[min(place, len(_guesses(each)) - 1)] for each in required}
-            yield Way(_label(name, [], guess), _builder(target, [], guess))
+            yield Way(_label(name, [], guess), _builder(target, [], guess), True)
 
 
 def _evaluated(call, module):
@@ -198,8 +205,7 @@ def _label(name, arguments, keywords):
 
 
 def _shown(value):
-    text = value.__name__ if isinstance(value, type) else repr(value)
-    return text if len(text) <= 30 else f"{text[:27]}..."
+    return value.__name__ if isinstance(value, type) else " ".join(repr(value).split())
 
 
 def _required(target):

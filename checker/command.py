@@ -1,6 +1,7 @@
 """`python checker answers/*.py`: the rules on a folder of answers."""
 
 import argparse
+import contextlib
 import glob
 import os
 import re
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not hasattr(os, "fork"):
         parser.error("this system can't fork a process for each file: use Linux, macOS or WSL")
     from .sandbox import Job
-    from .server import check_files, preload
+    from .server import preload
 
     files = _expanded(options.files, parser)
     limits = Limits(options.max_parameters, options.min_receptive_field)
@@ -40,25 +41,40 @@ def main(arguments: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # no name may end the command where it can't be encoded
             stream.reconfigure(errors="backslashreplace")
     preload([file.read_text(encoding="utf-8", errors="ignore") for file, _ in files])
-    results, progress = [], Progress(len(files))
-    _stop_on(signal.SIGTERM)
-    print(report.head(), flush=True)
     jobs = [Job(file, wanted, limits, options.timeout) for file, wanted in files]
-    for number, result in enumerate(check_files(jobs, CORES, progress.show)):
-        results.append(result)
-        progress.clear()
-        print(report.row(number, result), flush=True)
-    progress.clear()
+    results = _check_all(jobs, report)
+    if results is None:
+        return 130
     _print_end(report, results)
     if options.csv:
         try:
             report.write_csv(options.csv, [_shown(*each) for each in files], results)
         except OSError as error:
-            print(
-                f"checker: {options.csv} could not be written ({error.strerror})", file=sys.stderr
-            )
+            text = f"checker: {options.csv} could not be written ({error.strerror})"
+            print(text, file=sys.stderr)
             return 2
     return exit_status(results)
+
+
+def _check_all(jobs, report):
+    """Print a row for each file as soon as it is there; return the results, None if stopped."""
+    from .server import check_files
+
+    results, progress = [], Progress(len(jobs))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        print(report.head(), flush=True)
+        with contextlib.closing(check_files(jobs, CORES, progress.show)) as arriving:
+            for number, result in enumerate(arriving):
+                results.append(result)
+                progress.clear()
+                print(report.row(number, result), flush=True)
+    except KeyboardInterrupt:
+        return None
+    finally:
+        progress.clear()
+        signal.signal(signal.SIGTERM, before)
+    return results
 
 
 def _print_end(report, results):
@@ -147,15 +163,6 @@ def _is_answer(path, folder):
     inner = path.relative_to(folder).parts
     hidden = any(part.startswith((".", "__")) for part in inner)
     return path.suffix in (".py", ".ipynb") and not hidden and path.is_file()
-
-
-def _stop_on(number):
-    """Have a signal end the command as Ctrl-C does, so that all files are ended first."""
-
-    def stop(*_):
-        raise SystemExit(128 + number)
-
-    signal.signal(number, stop)
 
 
 class Progress:

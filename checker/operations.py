@@ -97,7 +97,7 @@ def _leading_to(ends, operations):
 
 
 def fingerprint(run: Run, parameters: int) -> str:
-    """Return four letters and digits that two networks of the same operations share.
+    """Return six letters and digits that two networks of the same operations share.
 
     Names don't count, nor what works element by element, as an activation or dropout.
     """
@@ -105,7 +105,7 @@ def fingerprint(run: Run, parameters: int) -> str:
         (each.kind, each.channels, each.size, *each[5:9], sorted(each.sources))
         for each in run.operations
     ]
-    return hashlib.sha256(repr((kept, parameters)).encode()).hexdigest()[:4]
+    return hashlib.sha256(repr((kept, parameters)).encode()).hexdigest()[:6]
 
 
 def receptive_field(model: nn.Module) -> int | float:

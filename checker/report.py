@@ -17,7 +17,7 @@ LETTERS = {
     CLAIMED: "c",
     NONE_FOUND: "n",
 }
-WORDS = "h holds, B BROKEN, u undecided, o optional, c claimed, n none found, - no such thing in it"
+WORDS = "h holds, B BROKEN, u undecided, o optional, c claimed, n none found, - no transform found"
 
 
 def rule_names(limits: Limits) -> list[str]:
@@ -89,15 +89,13 @@ class Report:
             if verdict in (BROKEN, UNDECIDED, CLAIMED) or (self.long and measured):
                 lines += _wrapped(f"{column} {verdict}: {rule}: {measured}")
         notes = list(result["notes"])
-        if "HorizontalFlip" not in rows:
-            notes.append("no transform of albumentations was found at module level")
         if len(result["network"]) > NETWORK_WIDTH:
             notes.insert(0, f"network: {result['network']}")
         return "\n".join([*lines, *(line for note in notes for line in _wrapped(note))])
 
     def _line(self, file, network, mark, cells):
         network = _shortened(network, NETWORK_WIDTH)
-        start = f"{file:{self.width}}  {network:{NETWORK_WIDTH}}  {mark:4}  "
+        start = f"{file:{self.width}}  {network:{NETWORK_WIDTH}}  {mark:6}  "
         return (start + " ".join(cells)).rstrip()
 
     def copies(self, results: list[dict]) -> str:

@@ -104,7 +104,7 @@ def _attempts(job, folder):
         return first
     second = _attempt(job, folder / "2", False, max(1, end - time.monotonic()))
     if "error" in second:
-        return first if second["error"].startswith("there is no") else second
+        return _error(f"{first['error']}; its definitions alone: {second['error']}")
     note = "only imports, classes, functions and constants were executed"
     second["notes"].append(f"{note} (as a whole: {first['error']})")
     return second
@@ -156,12 +156,12 @@ def _watch(worker, pipe, seconds):
                 while part := os.read(pipe, RESULT):
                     data += part
             return data, status
-        if now > end:
-            return data, f"took longer than {seconds:g} seconds"
         if now > looked + 0.2:
             looked = now
             if len(descendants(os.getpid())) > PROCESSES:
                 return data, f"started more than {PROCESSES} processes"
+        if now > end:
+            return data, f"took longer than {round(seconds, 1):g} seconds"
         time.sleep(0.02)
 
 
@@ -186,7 +186,7 @@ def _checked(result):
         "network": _text(result["network"]),
         "rows": rows,
         "notes": [_text(note) for note in result["notes"]],
-        "mark": _text(result["mark"])[:4],
+        "mark": _text(result["mark"])[:6],
         "offline": bool(result["offline"]),
     }
 
@@ -211,6 +211,8 @@ def _work(job, file, fifo, whole, guard):
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
     os.closerange(3, 65536)  # among them the pipes of the guard
+    sys.stdin = open(0, closefd=False)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
     home = file.parent.parent.parent
     _set_environment(home)
     for kind, most in (

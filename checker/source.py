@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 CODE_MAGICS = {"time", "timeit", "capture", "prun", "writefile", "file", "python", "python3"}
+# %matplotlib inline, !pip install, x = !ls, x?
+MAGIC = re.compile(r"\s*([%!?]|[\w., ]+=\s*[%!])|.*\w\?+\s*$")
 
 
 class Source(NamedTuple):
@@ -93,9 +95,14 @@ def without_magics(cell: str) -> str:
         return ""
     for line in cell.splitlines():
         indent = line[: len(line) - len(line.lstrip())]
-        magic = goes_on or re.match(r"\s*([%!?]|[\w., ]+=\s*[%!])|.*\w\?+\s*$", line)
-        goes_on = bool(magic) and line.endswith("\\")
-        lines.append(indent + "pass" if magic else line)
+        if goes_on:
+            lines.append("")
+        elif MAGIC.match(line):
+            lines.append(indent + "pass")
+            goes_on = True
+        else:
+            lines.append(line)
+        goes_on = goes_on and line.endswith("\\")
     return "\n".join(lines)
 
 
@@ -107,6 +114,14 @@ def module_calls(statements: list[ast.stmt]) -> list[ast.Call]:
             found = [node for node in _outside_classes(statement) if isinstance(node, ast.Call)]
             calls += sorted(found, key=lambda node: (node.lineno, node.col_offset))
     return calls
+
+
+def part_names(statements: list[ast.stmt]) -> set[str]:
+    """Return the names that are called within classes: what is a part of something else."""
+    classes = [node for statement in statements for node in ast.walk(statement)]
+    classes = [node for node in classes if isinstance(node, ast.ClassDef)]
+    calls = [each for node in classes for each in ast.walk(node) if isinstance(each, ast.Call)]
+    return {called_name(call) for call in calls}
 
 
 def _outside_classes(node):

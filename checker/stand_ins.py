@@ -1,11 +1,14 @@
-"""Stand-ins for missing packages that a network doesn't need, as torchsummary or wandb."""
+"""Stand-ins for what this machine lacks: packages that a network doesn't need, and CUDA."""
 
 import importlib.machinery
+import importlib.util
 import sys
 import types
 from pathlib import Path
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 class StandIn:
@@ -73,14 +76,14 @@ class Finder:
     def __init__(self, folder: Path):
         self.folder = str(folder)
         self.missing = []  # names of packages, in order
+        if importlib.util.find_spec("tensorboard") is None:  # PyTorch's own part of it needs more
+            sys.modules["torch.utils.tensorboard"] = _Module("tensorboard")
 
     def find_spec(self, name, path=None, target=None):
         """Return the specification of a stand-in, or None."""
         package = name.partition(".")[0]
         below = isinstance(sys.modules.get(package), _Module)
-        # torch.utils.tensorboard imports tensorboard on the student's behalf
-        wanted = package == name and (package == "tensorboard" or self._student_asks())
-        if not below and not wanted:
+        if not below and not (package == name and self._student_asks()):
             return None
         if package not in self.missing:
             self.missing.append(package)
@@ -98,3 +101,18 @@ class Finder:
 
     def exec_module(self, module):
         """There is nothing to execute."""
+
+
+class OnCpu(TorchFunctionMode):
+    """While it is entered, what is to go to CUDA stays on the CPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
+            return args[0]
+        args = [_on_cpu(value) for value in args]
+        return func(*args, **{name: _on_cpu(value) for name, value in (kwargs or {}).items()})
+
+
+def _on_cpu(value):
+    cuda = isinstance(value, str | torch.device) and str(value).startswith("cuda")
+    return torch.device("cpu") if cuda else value
