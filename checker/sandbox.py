@@ -113,7 +113,7 @@ def _attempts(job, folder):
 def _attempt(job, folder, whole, seconds):
     """Execute a copy of the file in a worker, and return its result, or an error."""
     file = copy_with_neighbours(job.file, folder)
-    fifo = folder / "result"
+    fifo = folder.with_suffix(".result")
     os.mkfifo(fifo)
     pipe = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     guard = os.getpid()
@@ -167,11 +167,7 @@ def _watch(worker, pipe, seconds):
 
 def _described(status):
     if os.WIFSIGNALED(status):
-        number = os.WTERMSIG(status)
-        name = {9: "for want of memory, or by a signal", 11: "by a crash"}.get(
-            number, "by a signal"
-        )
-        return f"{name} ({signal.Signals(number).name})"
+        return f"by a signal ({signal.Signals(os.WTERMSIG(status)).name})"
     return f"with exit code {os.WEXITSTATUS(status)}, without a result"
 
 
@@ -223,7 +219,10 @@ def _work(job, file, fifo, whole, guard):
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(kind, (most, most))
     torch.set_num_threads(1)
+    worker = os.getpid()
     result = {**examine(file, job.wanted, job.limits, whole), "offline": offline}
+    if os.getpid() != worker:  # the file has forked, and this is the other one
+        os._exit(0)
     pipe = os.open(fifo, os.O_WRONLY)
     _write(pipe, json.dumps(result).encode())
     os._exit(0)

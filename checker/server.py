@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import select
 import signal
 import warnings
@@ -29,7 +30,8 @@ def preload(codes: list[str]) -> None:
     layers = nn.Conv2d(3, 10, 3), nn.BatchNorm2d(10), nn.AdaptiveAvgPool2d(1), nn.Flatten()
     check_rules(nn.Sequential(*layers))
     for name in HEAVY:
-        if any(name.split(".")[0] in code for code in codes):
+        asks = re.compile(rf'^\s*"?(import|from)\s+{name.split(".")[0]}\b', re.MULTILINE)
+        if any(map(asks.search, codes)):
             with contextlib.suppress(Exception), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 importlib.import_module(name)
