@@ -208,7 +208,7 @@ def _dilations(units):
 
 def _cut(units, ends):
     """Return the convolutions in blocks that end at these places."""
-    borders = [0, *sorted(ends), len(units)]
+    borders = [0, *sorted(ends), len(units)] if units else []
     return [units[first:last] for first, last in itertools.pairwise(borders)]
 
 

@@ -75,11 +75,11 @@ def find_candidates(module: types.ModuleType, statements: list[ast.stmt]) -> lis
         if isinstance(each, nn.Module) and not name.startswith("_")
     }
     for name, each in instances.items():
-        kind = type(inner_network(each)).__name__
         way = Way(name, lambda each=each: each)
-        same = next((place for place, other in enumerate(found) if other.name == kind), None)
-        if same is not None:  # better than another one of its class, with guessed arguments
-            found[same].ways.append(way._replace(label=f"{kind}, as {name}"))
+        kind = type(inner_network(each))
+        same = [other for other in found if own.get(other.name) is kind]
+        if same:  # better than another one of its class, with guessed arguments
+            same[0].ways.append(way._replace(label=f"{same[0].name}, as {name}"))
         else:
             found.append(Candidate(name, [way], _last_binding(name, statements)))
     functions = {name: each for name, each in names.items() if _may_build(each, module)}

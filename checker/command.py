@@ -149,6 +149,7 @@ def _expanded(arguments, parser) -> list[tuple[Path, str]]:
         name, wanted = (choice["file"], choice["network"]) if choice else (argument, "")
         if os.path.isdir(name):
             found = [path for path in sorted(Path(name).rglob("*")) if _is_answer(path, name)]
+            found = [path for path in found if path.parent == Path(name) or _has_network(path)]
         elif os.path.exists(name):
             found = [Path(name)]
         else:
@@ -163,6 +164,12 @@ def _is_answer(path, folder):
     inner = path.relative_to(folder).parts
     hidden = any(part.startswith((".", "__")) for part in inner)
     return path.suffix in (".py", ".ipynb") and not hidden and path.is_file()
+
+
+def _has_network(path):
+    """Return whether a file may have a network: others in the folders below are helpers."""
+    text = path.read_text(encoding="utf-8", errors="ignore")
+    return bool(re.search(r"\bnn\b|Module\b|Sequential\b|\.ipynb$", text + path.suffix))
 
 
 class Progress:

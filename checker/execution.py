@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import sys
 import types
+from dataclasses import is_dataclass
 from pathlib import Path
 
 from torch import nn
@@ -131,7 +132,7 @@ def is_harmless(module: types.ModuleType, call: ast.Call) -> bool:
     if isinstance(target, type) and issubclass(target, nn.Module):
         return True
     home = getattr(target, "__module__", None) or ""
-    if isinstance(target, type) and home.startswith(PACKAGES):
+    if isinstance(target, type) and (home.startswith(PACKAGES) or is_dataclass(target)):
         return True
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
     return name in MAKERS and home != module.__name__

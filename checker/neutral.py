@@ -17,7 +17,7 @@ def runnable(model: nn.Module) -> nn.Module:
     It is a copy if the model was made in inference mode, outside of which it doesn't run.
     """
     model = inner_network(model)
-    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+    if any(tensor.is_inference() for tensor in _tensors(model)):
         with torch.inference_mode(False):
             return copy.deepcopy(model)
     return model
@@ -64,11 +64,7 @@ def evaluated(model: nn.Module, as_it_is: bool = False) -> Iterator[None]:
     The copies are in float32 on the CPU unless `as_it_is`.
     """
     modes = [(module, module.training) for module in model.modules()]
-    tensors = [
-        tensor
-        for tensor in (*model.parameters(), *model.buffers())
-        if not nn.parameter.is_lazy(tensor)
-    ]
+    tensors = _tensors(model)
     values, fast = [tensor.data for tensor in tensors], torch.backends.mha.get_fastpath_enabled()
     try:
         for tensor, value in zip(tensors, values, strict=True):
@@ -86,6 +82,12 @@ def evaluated(model: nn.Module, as_it_is: bool = False) -> Iterator[None]:
             tensor.data = value
         for module, training in modes:
             module.training = training
+
+
+def _tensors(model):
+    """Return weights and buffers, without those that get a shape only when the model first runs."""
+    tensors = *model.parameters(), *model.buffers()
+    return [tensor for tensor in tensors if not nn.parameter.is_lazy(tensor)]
 
 
 @contextlib.contextmanager

@@ -46,7 +46,8 @@ def run_traced(model: nn.Module, shape: tuple[int, ...] = (3, 32, 32)) -> Run:
     try:
         return _run(model, images)
     except Exception:
-        first = next((each for each in model.parameters() if each.is_floating_point()), images)
+        weights = [each for each in model.parameters() if not nn.parameter.is_lazy(each)]
+        first = next((each for each in weights if each.is_floating_point()), images)
         if (first.dtype, first.device) == (images.dtype, images.device):
             raise
     return _run(model, images.to(first.device, first.dtype), as_it_is=True)

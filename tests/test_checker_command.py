@@ -62,6 +62,8 @@ def table(tmp_path_factory):
         **{"a_file_of_a_long_name_" * 4: NET},
     )
     (folder / "trained.ipynb").write_text(notebook(PLAIN, ("pass", "Test Accuracy: 85.5%")))
+    (folder / "lib").mkdir()
+    (folder / "lib" / "helper.py").write_text("def train(): pass")
     (folder / ".ipynb_checkpoints").mkdir()
     (folder / ".ipynb_checkpoints" / "old.py").write_text("")
     path = folder.parent / "table.csv"
@@ -84,7 +86,7 @@ def test_a_folder_of_answers_is_a_table_that_fits_and_that_any_encoding_can_prin
     assert "".join(rows["copied.py"][3:]) == "hhhhhhhhhhn-----"
     assert "".join(rows["trained.ipynb"][3:]) == "hhhhhhhhhhc-----"
     assert "".join(rows["other.py"][3:]) == "BBBhBBBhhhn-----"
-    assert rows["fails.py"][1:3] == ["no", "verdict"]
+    assert rows["fails.py"][1:3] == ["no", "verdict"] and "helper" not in text
     assert "K claimed: test accuracy: best 85.5 % (cell 3), last 85.5 % (cell 3)" in text
     assert "F BROKEN: a depthwise-separable convolution: 0: no grouped convolution" in text
     assert "augmentation: of 2 transforms, train_transforms" in text
@@ -268,7 +270,10 @@ def accidents(tmp_path_factory):
     (folder / "precious.txt").write_text("not to be lost")
     files = write(folder, **{name: text for name, (text, _) in ACCIDENTS.items()})
     before = {path: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir()}
-    jobs = [Job(Path(file), "", Limits(), 6) for file in files]
+    seconds = {name: 4 if "took" in reason else 30 for name, (_, reason) in ACCIDENTS.items()}
+    seconds["bomb"] = 4
+    pairs = zip(files, seconds.values(), strict=True)
+    jobs = [Job(Path(file), "", Limits(), timeout) for file, timeout in pairs]
     results = dict(zip(ACCIDENTS, check_files(jobs, 4), strict=True))
     after = {path: hashlib.sha256(path.read_bytes()).digest() for path in folder.iterdir()}
     assert after == before

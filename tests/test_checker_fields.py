@@ -122,8 +122,8 @@ def measured_field(network):
     Luo et al., Understanding the effective receptive field, https://arxiv.org/abs/1701.04128.
     """
     end = [operation.kind for operation in trace(network)].index("global average pooling")
-    side = 16 * round(receptive_field(network) / 16 + 4)  # the field in the middle, and a border
-    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    side = 16 * round(receptive_field(network) / 16 + 3)  # the field in the middle, and a border
+    images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     images.requires_grad_()
     with evaluated(network), MapBefore(network, end) as tracer, contextlib.suppress(End):
         tracer.follow(images)

@@ -269,6 +269,14 @@ def test_a_network_for_another_task_is_refused_in_one_line(network, text):
     assert "\n" not in str(error.value)
 
 
+def test_a_network_may_have_no_convolution_or_lazy_layers():
+    rows = table(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
+    assert rows["four blocks"] == ("0: no convolution", False)
+    assert rows["receptive field"] == ("1", False)
+    lazy = nn.Sequential(nn.LazyConv2d(8, 3), *GAP, nn.LazyLinear(10))
+    assert table(lazy)["three convolutions in each"][0].startswith("1: C1 has 1 convolution")
+
+
 class Standardised(nn.Sequential):
     """The whole image, or batch, is brought to mean 0 and deviation 1 first."""
 

@@ -99,6 +99,14 @@ FILES = {  # name of the file: its code, the network that the row names, a part 
         "Net(10)",
         "",
     ),
+    "data.py": (
+        HEAD
+        + "from dataclasses import dataclass\n@dataclass\nclass Config:\n    n: int = 9\n"
+        + net(", c", classes="c.n")
+        + "open('nothing')\nnet = Net(Config(n=10))\n",
+        "Net(Config(n=10))",
+        CUT,
+    ),
     "config.py": (
         HEAD + "class Config:\n    n = 10\n" + net(", c", classes="c.n") + "net = Net(Config)\n",
         "Net(Config)",
@@ -203,6 +211,11 @@ FILES = {  # name of the file: its code, the network that the row names, a part 
     "writes.ipynb": (
         notebook("%%writefile mine.py\n" + PLAIN, "%%bash\nls", "from mine import Net"),
         "Net",
+        "",
+    ),
+    "alias.ipynb": (
+        notebook("from plain import Net as TheNet", "model = TheNet().to(device)"),
+        "TheNet",
         "",
     ),
     "imports.ipynb": (notebook("%cd x\nfrom plain import Net\nnet = Net().cuda()"), "Net", ""),
