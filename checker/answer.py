@@ -1,17 +1,19 @@
 """One student's file: find the network, measure the rules. It runs in a process of its own."""
 
+import contextlib
 import os
 import sys
 import types
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from .candidates import Candidate, built, chosen_candidate, find_candidates
+from .candidates import Candidate, Way, built, chosen_candidate, find_candidates
 from .execution import execute_definitions, execute_whole, new_module
-from .operations import fingerprint
+from .operations import Run, fingerprint
 from .rows import CLAIMED, NONE_FOUND, Row, listed, one_line
 from .rules import Limits, check_run, run_any
 from .source import Source, claims, part_names, read_source
@@ -35,7 +37,8 @@ def examine(file: Path, wanted: str, limits: Limits, whole: bool) -> dict:
         finder = _open_to_neighbours(file)
         module = new_module(file)
         if "albumentations" in source.text():
-            record_arguments()
+            with contextlib.suppress(ValueError):  # it isn't installed: a stand-in will do
+                record_arguments()
         errors = []
         if whole:
             execute_whole(module, source)
@@ -68,39 +71,56 @@ def _open_to_neighbours(file):
 
 
 def _judge(module, source, wanted, limits, errors, missing):
+    """Find the network among all candidates, and return its rows."""
     statements = source.statements()
     if wanted:
         candidates = [chosen_candidate(module, statements, wanted)]
     else:
         candidates = find_candidates(module, statements)
-    running, failures = {}, []
-    for candidate in candidates:
-        for way in candidate.ways:
-            try:
-                model = built(way)
-                running[candidate.name] = (candidate, way, model, run_any(model))
-                break
-            except ValueError as error:
-                failures.append((candidate, one_line(error)))
+    running, failures = _run_all(candidates)
     parts = part_names(statements)
     wholes = [(each, text) for each, text in failures if each.name not in parts]
     if not running:
         raise ValueError(_why_none(wholes or failures, errors, missing))
     # built in the file, and last; or else the last defined
-    candidate, way, model, run = max(
-        running.values(), key=lambda each: (each[0].place, candidates.index(each[0]))
-    )
-    notes = ["the arguments are guesses by their names"] if way.guessed else []
-    notes += _notes(candidate, running, wholes, missing)
+    chosen = max(running, key=lambda each: (each.candidate.place, candidates.index(each.candidate)))
+    others = [each.way.label for each in running if each is not chosen]
+    notes = _notes(chosen.way.guessed, others, [text for _, text in wholes], missing)
     transform_rows, transform_notes = _check_transforms(vars(module))
-    rows = [*check_run(run, model, limits), _claim(source), *transform_rows]
-    parameters = sum(each.numel() for each in model.parameters())
+    rows = [*check_run(chosen.run, chosen.model, limits), _claim(source), *transform_rows]
+    parameters = sum(each.numel() for each in chosen.model.parameters())
     return {
-        "network": way.label,
+        "network": chosen.way.label,
         "rows": [list(row) for row in rows],
         "notes": notes + transform_notes,
-        "mark": fingerprint(run, parameters),
+        "mark": fingerprint(chosen.run, parameters),
     }
+
+
+class _Running(NamedTuple):
+    """A candidate that runs on images of this task, and the first way to build it."""
+
+    candidate: Candidate
+    way: Way
+    model: torch.nn.Module
+    run: Run
+
+
+def _run_all(candidates):
+    """Return the candidates that run, and (candidate, why it does not) of the others."""
+    running, failures = [], []
+    for candidate in candidates:
+        errors = []
+        for way in candidate.ways:
+            try:
+                model = built(way)
+                running.append(_Running(candidate, way, model, run_any(model)))
+                break
+            except ValueError as error:
+                errors.append((candidate, one_line(error)))
+        else:
+            failures += errors
+    return running, failures
 
 
 def _why_none(failures, errors, missing):
@@ -114,15 +134,15 @@ def _why_none(failures, errors, missing):
     return "; ".join(texts[:3])
 
 
-def _notes(chosen: Candidate, running, failures, missing) -> list[str]:
-    others = [way.label for each, way, *_ in running.values() if each is not chosen]
-    notes = [f"also in this file: {listed(others)}"] if others else []
-    for candidate, text in failures:
-        if candidate.name not in running:
-            notes.append(f"also in this file, but not for this task: {text}")
+def _notes(guessed, others, failures, missing):
+    notes = ["the arguments are guesses by their names"] if guessed else []
+    if others:
+        notes.append(f"also in this file: {listed(others)}")
+    for text in list(dict.fromkeys(failures))[:2]:
+        notes.append(f"also in this file, but not for this task: {text}")
     if missing:
         notes.append(f"missing packages, stood in for: {listed(missing)}")
-    return list(dict.fromkeys(notes))
+    return notes
 
 
 # ---------------------------------------------------------------- augmentation and training
@@ -133,7 +153,7 @@ def _check_transforms(names) -> tuple[list[Row], list[str]]:
     library = sys.modules.get("albumentations")
     homes = [str(getattr(value, "__module__", "")) for value in names.values()]
     used = library in names.values() or any(map(_is_of_albumentations, homes))
-    if library is None or not used:
+    if not used or not isinstance(getattr(library, "BaseCompose", None), type):
         return [], []  # another file may have been the one to import it
     found = [(name, each) for name, value in names.items() for each in _transforms_in(value)]
     if not found:

@@ -20,7 +20,7 @@ BUILTINS = set(
     "enumerate sorted map filter getattr hasattr isinstance type super object property".split()
 )
 MAKERS = {"device", "tensor", "partial", "namedtuple", "OrderedDict", "defaultdict", "array"}
-MAKERS |= {"Path", "SimpleNamespace", "is_available", "get", "items", "keys", "values", "split"}
+MAKERS |= {"Path", "SimpleNamespace", "is_available"}
 PACKAGES = ("torch.nn", "albumentations", "torchvision.transforms")
 
 
@@ -68,9 +68,11 @@ def _execute_parts(module, statement, errors):
     """Execute the definitions within `if` (of the branch that is taken) and `try`."""
     parts = [*statement.body, *getattr(statement, "finalbody", [])]
     if isinstance(statement, ast.If):
+        test = statement.test
+        if "__name__" in ast.unparse(test) or not _is_harmless_value(module, test):
+            return
         try:
-            names = ast.unparse(statement.test)
-            taken = "__name__" not in names and eval(names, vars(module))
+            taken = eval(compile(ast.Expression(test), module.__file__, "eval"), vars(module))
         except Exception:
             return
         parts = statement.body if taken else statement.orelse
@@ -110,9 +112,12 @@ def _is_constant(module, statement):
     """Return whether a statement binds a name to something that is harmless to make."""
     if not isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
         return False
-    if statement.value is None:
-        return False
-    nodes = list(ast.walk(_without_device(statement).value))
+    value = _without_device(statement).value
+    return value is not None and _is_harmless_value(module, value)
+
+
+def _is_harmless_value(module, expression):
+    nodes = list(ast.walk(expression))
     if any(isinstance(node, ast.Await | ast.Yield | ast.YieldFrom) for node in nodes):
         return False
     return all(is_harmless(module, node) for node in nodes if isinstance(node, ast.Call))
@@ -129,6 +134,8 @@ def is_harmless(module: types.ModuleType, call: ast.Call) -> bool:
         return False
     if isinstance(target, StandIn):
         return True
+    if isinstance(getattr(target, "__self__", None), dict | str | list | tuple):
+        return True  # a method of a constant
     if isinstance(target, type) and issubclass(target, nn.Module):
         return True
     home = getattr(target, "__module__", None) or ""

@@ -1,4 +1,4 @@
-"""What only some systems can do for safety: each function says whether it was done."""
+"""What ends with what, and the network: some of it only Linux can do."""
 
 import contextlib
 import ctypes
@@ -18,7 +18,7 @@ def _libc(name, *arguments) -> bool:
 
 
 def adopt_orphans() -> bool:
-    """Become the parent of what leaves a descendant of this process, as a daemon does."""
+    """Become the parent of what leaves a descendant of this process, if the system can."""
     return _libc("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 

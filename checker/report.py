@@ -45,16 +45,9 @@ def rule_names(limits: Limits) -> list[str]:
 def short_names(files: list[str]) -> list[str]:
     """Return the paths of files without the folders and the ends that all have in common."""
     parts = [Path(os.path.abspath(file)).parts for file in files]
-    if len(parts) < 2:
-        return [each[-1] for each in parts]
-    first = 0
-    while len({each[: first + 1] for each in parts}) == 1 and first + 1 < min(map(len, parts)):
-        first += 1
-    last = 0
-    while len({each[len(each) - last - 1 :] for each in parts}) == 1 and first + last + 1 < min(
-        map(len, parts)
-    ):
-        last += 1
+    most = min(map(len, parts)) - 1  # one part stays
+    first = min(len(os.path.commonprefix(parts)), most)
+    last = min(len(os.path.commonprefix([each[::-1] for each in parts])), most - first)
     return ["/".join(each[first : len(each) - last]) for each in parts]
 
 

@@ -1,6 +1,7 @@
 """Files as students hand them in: each holds the same network, which has to be found in it."""
 
 import json
+import sys
 
 import pytest
 
@@ -172,6 +173,12 @@ FILES = {  # name of the file: its code, the network that the row names, a part 
         "Net(10)",
         "",
     ),
+    "branches.py": (
+        "import torch, os\nif torch.cuda.is_available():\n    raise ValueError\nelse:\n    N = 10\n"
+        "if os.system('exit 1'):\n    N = 9\nopen('nothing')\n" + HEAD + net(classes="N"),
+        "Net",
+        CUT,
+    ),
     "asks.py": ("epochs = int(input('epochs? '))\n" + PLAIN, "Net", CUT + "EOFError"),
     "exits.py": (PLAIN + "import sys\nsys.exit(0)\n", "Net", CUT + "SystemExit 0)"),
     "exits_hard.py": (PLAIN + "import os\nos._exit(3)\n", "Net", CUT + "ended its process with"),
@@ -286,3 +293,11 @@ def test_the_claimed_accuracy_is_what_a_notebook_printed(results):
     row = ["test accuracy", "best 86.12 % (epoch 2, cell 5), last 85.9 % (epoch 3, cell 5)"]
     assert results["plain.ipynb"]["rows"][10] == [*row, "claimed"]
     assert results["plain.py"]["rows"][10] == ["test accuracy", "none found", "none found"]
+
+
+def test_albumentations_may_be_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "albumentations", None)
+    file = tmp_path / "net.py"
+    file.write_text(f"import albumentations as A\nt = A.Compose([A.HorizontalFlip()])\n{PLAIN}")
+    (result,) = check_files([Job(file, "", Limits(), 30)], 1)
+    assert result["network"] == "Net" and len(result["rows"]) == 11
