@@ -23,8 +23,7 @@ HEAVY = ("torchvision.transforms", "albumentations", "matplotlib.pyplot", "panda
 def preload(codes: list[str]) -> None:
     """Import once, for all forks, what takes long and what these codes mention.
 
-    PyTorch imports much at its first operation: so a first network runs here, which makes a check
-    six times as fast.
+    PyTorch sets much up at its first operations: a first network runs here, for all forks.
     """
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     os.environ.setdefault("MPLBACKEND", "Agg")

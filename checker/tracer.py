@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -237,8 +238,9 @@ class Tracer(TorchDispatchMode):
     def _elementwise(self, call):
         shape = call.outputs[0].shape
         try:
-            broadcast = torch.broadcast_shapes(*(path.reach[0].shape for path in call.paths))
-        except RuntimeError:
+            # torch.broadcast_shapes would import much that nothing else here needs
+            broadcast = np.broadcast_shapes(*(path.reach[0].shape for path in call.paths))
+        except ValueError:
             broadcast = None
         if broadcast in (shape, call.shape):
             return self._merged(call, shape)
