@@ -1,6 +1,7 @@
 """The notebook: what is committed, its first cell in Colab, and how it is executed."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -266,3 +267,32 @@ def test_a_finished_run_is_published(name, folder, tmp_path):
     subprocess.run(make, cwd=tmp_path, check=True, capture_output=True)
     copied = sorted(path.name for path in (tmp_path / folder).iterdir())
     assert copied == ["NetDilated.json", "NetDilated.pt"]
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_a_python_that_is_too_old_is_named_before_anything_is_installed(tmp_path):
+    """Simulated: this Python says that it is 3.9."""
+    shutil.copy(HERE / "Makefile", tmp_path)
+    (tmp_path / "requirements.txt").touch()
+    old = "import sys\nsys.version_info, sys.version = (3, 9, 2, 'final', 0), '3.9.2 (main)'\n"
+    (tmp_path / "sitecustomize.py").write_text(old)
+    make = ["make", "demo", f"PYTHON={sys.executable}"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    line = f"Python 3.11 or later is needed, {sys.executable} is 3.9.2: make PYTHON=python3.12"
+    assert run.returncode and run.stderr.splitlines()[0] == line
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_everything_that_the_commands_print_can_be_printed_under_windows(tmp_path):
+    """In cp1252, which lacks arrows."""
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "TQDM_DISABLE": ""}
+    train = ["train.py", "--quick", "--data", "tiny", "--batch-size", "50", "--sizes", "8"]
+    for command in (
+        [*train, "--network", "tests/tiny.py:Tiny", "--folder", str(tmp_path)],
+        ["evaluate.py", str(tmp_path), "--data", "tiny", "--network", "tests/tiny.py:Tiny"],
+        ["train.py", "--help"],
+    ):
+        command = [sys.executable, *command]
+        run = subprocess.run(command, cwd=HERE, capture_output=True, env=environment)
+        assert run.returncode == 0, run.stderr.decode("cp1252")

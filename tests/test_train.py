@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import tiny
 import train
@@ -18,7 +20,7 @@ import utils
 from dataset import load_dataset, train_transform
 from loader import make_loader
 from model import NetDilated
-from pretrained import load, load_metrics, save
+from pretrained import inner_network, load, load_metrics, save
 from published import NETWORKS
 from recipe import Recipe
 from tiny import SHORT, Tiny, equal, state
@@ -261,6 +263,17 @@ def test_a_single_size_is_a_list_of_one_and_more_workers_than_cores_are_allowed(
 def test_a_network_of_ones_own_is_trained_and_comes_back(tmp_path):
     train.main([*TINY, "--network", f"{tiny.__file__}:Tiny", "--folder", str(tmp_path)])
     assert load(Tiny, tmp_path)[1]["network"] == "Tiny"
+
+
+def test_a_wrapped_network_is_trained_and_saved_without_its_wrapper(tmp_path):
+    recipe = replace(SHORT, epochs=1, batch_size=200, teacher=None, folder=str(tmp_path))
+    wrap = [nn.DataParallel, partial(torch.compile, backend="eager")]
+    for number, wrapper in enumerate(wrap):
+        folder = tmp_path / str(number)
+        recipe = replace(recipe, folder=folder)
+        model, metrics = train.run(recipe, build=lambda wrapper=wrapper: wrapper(Tiny()))
+        assert metrics["network"] == "Tiny" and (folder / "Tiny.ckpt").exists()
+        assert equal(state(load(Tiny, folder)[0]), state(inner_network(model)))
 
 
 def test_the_metrics_tell_of_a_transform_of_ones_own(tmp_path):
