@@ -99,7 +99,7 @@ def results() -> str:
     first, teacher = runs()[0], load_metrics("NetDilated", WEIGHTS / "teacher")
     rows = [
         _result("NetDilated, headline recipe", first, f"**{mean_and_deviation()}**"),
-        _result("NetDilated, no teacher, no corruption, 45,000 training images", teacher),
+        _result("the teacher: without one, without corruption, 45,000 images", teacher),
     ]
     for name, network in NETWORKS.items():
         published = getattr(network, "published_result", "")
@@ -312,7 +312,7 @@ def ideas() -> str:
     rows = []
     for name, table, with_it, other_table, without in IDEAS:
         after, before = _mean_accuracy(table, with_it), _mean_accuracy(other_table, without)
-        rows.append((name, f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}"))
+        rows.append((name, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"))
     head = "idea", "without, %:", "with, %:", "gain, points:"
     return markdown_table(head, sorted(rows, key=lambda row: -float(row[-1])))
 

@@ -29,7 +29,7 @@ TEXT = set(".py .ipynb .txt .md .json .yaml .yml .toml .cfg .ini .csv".split())
 LARGEST, ALL_FILES = 2**20, 20 * 2**20  # bytes of a neighbour, of all neighbours
 DATA, FILE_SIZE = 4 * 2**30, 64 * 2**20  # bytes
 PROCESSES, RESULT = 64, 2**20
-WHOLE_SHARE, WHOLE_MOST = 0.5, 20  # of the time, seconds: then only definitions are executed
+WHOLE_SHARE = 1 / 3  # of the time: if a file has not ended then, only its definitions are executed
 
 
 class Job(NamedTuple):
@@ -99,7 +99,7 @@ def _attempts(job, folder):
     end = time.monotonic() + job.timeout
     if job.file.suffix == ".ipynb":
         return _attempt(job, folder / "1", False, job.timeout)
-    first = _attempt(job, folder / "1", True, min(WHOLE_SHARE * job.timeout, WHOLE_MOST))
+    first = _attempt(job, folder / "1", True, WHOLE_SHARE * job.timeout)
     if "error" not in first or first["executed"]:
         return first
     second = _attempt(job, folder / "2", False, max(1, end - time.monotonic()))

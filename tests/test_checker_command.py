@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from answers import ConvBlocks
 from checker import command
 from checker.command import Progress, main
-from checker.report import short_names
-from checker.rules import Limits
+from checker.report import rule_names, short_names
+from checker.rules import Limits, check_rules
 from checker.sandbox import Job, copy_with_neighbours
 from checker.server import check_files
+from dataset import train_transform
 from test_checker_students import PLAIN, notebook
 
 SMALL = """
@@ -351,3 +353,10 @@ def test_a_system_without_fork_is_told_so(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main(["."])
     assert "use Linux, macOS or WSL" in capsys.readouterr().err
+
+
+def test_the_table_has_a_column_for_every_rule():
+    """A rule that is added to `check_rules` alone would not be shown."""
+    rows = check_rules(ConvBlocks(), train_transform())
+    columns = rule_names(Limits())
+    assert [row.rule for row in rows] == [rule for rule in columns if rule != "test accuracy"]

@@ -67,9 +67,12 @@ def test_results_are_saved_but_the_runs_own_figures_stay(saved, monkeypatch):
 
 def test_only_the_headline_recipe_has_the_temperature_of_the_held_out_run():
     held_out = load_metrics("NetDilated", WEIGHTS / "held-out")["temperature"]
-    assert evaluate.temperature_of({"recipe": Recipe(seed=3).to_json()}) == held_out
-    assert evaluate.temperature_of({"recipe": SHORT.to_json()}) == 1
-    assert evaluate.temperature_of({"recipe": SHORT.to_json(), "temperature": 1.5}) == 1.5
+    headline = {"network": "NetDilated", "recipe": Recipe(seed=3).to_json()}
+    short = {"network": "NetDilated", "recipe": SHORT.to_json()}
+    assert evaluate.temperature_of(headline) == held_out
+    assert evaluate.temperature_of({**headline, "network": "Mine"}) == 1
+    assert evaluate.temperature_of(short) == 1
+    assert evaluate.temperature_of({**short, "temperature": 1.5}) == 1.5
 
 
 @pytest.mark.parametrize(
