@@ -284,15 +284,20 @@ def test_a_python_that_is_too_old_is_named_before_anything_is_installed(tmp_path
     assert not (tmp_path / ".venv").exists()
 
 
+COMMANDS = """
+import evaluate, train
+mine, folder = ["--network", "tests/tiny.py:Tiny"], sys.argv[1]
+data = ["--data", "tiny"]
+train.main(["--quick", *data, *mine, "--batch-size", "50", "--sizes", "8", "--folder", folder])
+evaluate.main([folder, *data, *mine, "--corruptions"])
+train.main(["--help"])
+"""
+
+
 def test_everything_that_the_commands_print_can_be_printed_under_windows(tmp_path):
     """In cp1252, which lacks arrows."""
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "TQDM_DISABLE": ""}
-    train = ["train.py", "--quick", "--data", "tiny", "--batch-size", "50", "--sizes", "8"]
-    for command in (
-        [*train, "--network", "tests/tiny.py:Tiny", "--folder", str(tmp_path)],
-        ["evaluate.py", str(tmp_path), "--data", "tiny", "--network", "tests/tiny.py:Tiny"],
-        ["train.py", "--help"],
-    ):
-        command = [sys.executable, *command]
-        run = subprocess.run(command, cwd=HERE, capture_output=True, env=environment)
-        assert run.returncode == 0, run.stderr.decode("cp1252")
+    command = [sys.executable, "-c", f"import sys{COMMANDS}", str(tmp_path)]
+    run = subprocess.run(command, cwd=HERE, capture_output=True, env=environment)
+    assert run.returncode == 0, run.stderr.decode("cp1252")
+    assert b"darkness" in run.stdout and b"--muon-lr-ratio" in run.stdout
