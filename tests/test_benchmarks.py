@@ -21,7 +21,7 @@ class Tiny(nn.Sequential):
 
 
 SIDES = {bench.OURS: (Tiny, 8, bench.PLAIN), bench.PUBLISHED: (Tiny, 8, None)}
-OPTIONS = ["--images", "32", "--seconds", "0", "--repeats", "1", "--data", "sample", "--output"]
+OPTIONS = ["--images", "32", "--seconds", "0", "--repeats", "1", "--data", "tiny", "--output"]
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +103,11 @@ def tiny_runs(monkeypatch):
     """The runs of the benchmarks train a tiny network."""
     for module in (ablations, quick):
         monkeypatch.setattr(module, "run", lambda recipe, build=None: run(recipe, build or Tiny))
-    return Recipe(data="sample", epochs=2, batch_size=100, sizes=(32,), teacher=None, num_workers=0)
+    return Recipe(data="tiny", epochs=2, batch_size=50, sizes=(32,), teacher=None, num_workers=0)
 
 
 def test_an_ablation_writes_its_row_once(tiny_runs, tmp_path, monkeypatch, capsys):
-    recipe = replace(tiny_runs, validation_size=1500)
+    recipe = replace(tiny_runs, validation_size=100)
     monkeypatch.setattr(
         ablations, "RECIPES", {"table": {"base": recipe, "SGD": replace(recipe, optimizer="SGD")}}
     )
