@@ -19,7 +19,7 @@ demo: $(INSTALLED)  ## the notebook on the sample of CIFAR-10, in demo/: minutes
 	S9_SETTINGS='$(DEMO)' TQDM_DISABLE=1 $(PY) tools/execute.py S9.ipynb demo/S9.ipynb
 
 test: $(INSTALLED)  ## the whole suite, the notebook included, offline
-	$(PY) -m pytest --nbval
+	OMP_NUM_THREADS=1 $(PY) -m pytest --nbval -n 2 --dist loadscope --durations=20
 
 lint: $(INSTALLED)  ## ruff, with the rules in pyproject.toml
 	$(PY) -m ruff check .

@@ -6,7 +6,6 @@ import sys
 from torch import nn
 
 import utils
-from checks import one_of, require
 from dataset import CIFAR10, DATASETS, load_dataset
 from device import keep_freed_memory, pick_device, to_device
 from loader import make_loader
@@ -97,9 +96,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     try:
-        require(
-            "data", options.data, f"one of {', '.join(DATASETS)}", one_of(DATASETS)(options.data)
-        )
         if options.save and options.data != "CIFAR-10":
             raise ValueError("only results on CIFAR-10 are saved: leave out --save or --data")
         keep_freed_memory()
