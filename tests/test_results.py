@@ -150,17 +150,13 @@ def test_a_table_that_is_not_up_to_date_is_noticed():
 
 def test_an_unknown_table_and_a_run_without_corruptions_are_named(monkeypatch):
     with pytest.raises(
-        ValueError, match="^name of a table is 'resluts': choose one of headline, results, "
+        ValueError, match="^name of a table is 'resluts': choose one of headline, corruptions, "
     ):
         tables.updated("<!-- resluts -->\n<!-- end -->")
-    run = {
-        key: value for key, value in tables.runs()[0].items() if key != "accuracy_under_corruptions"
-    }
+    run = {k: value for k, value in tables.runs()[0].items() if k != "accuracy_under_corruptions"}
     monkeypatch.setattr(tables, "runs", lambda: [run])
-    with pytest.raises(
-        ValueError, match="^weights/NetDilated.json has no accuracy_under_corruptions: `make train`"
-    ):
-        tables.headline()
+    with pytest.raises(ValueError, match="has no accuracy_under_corruptions: `python evaluate.py"):
+        tables.corruptions()
 
 
 def test_the_charts_show_every_row(tmp_path):

@@ -4,11 +4,9 @@ import multiprocessing
 import os
 import runpy
 import signal
-import subprocess
 import sys
 from dataclasses import fields, replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -302,14 +300,6 @@ def test_the_command_works_from_another_folder(tmp_path, monkeypatch):
         train.load_teacher(SHORT, [])
     train.main([*TINY, "--folder", "runs/mine"])
     assert (tmp_path / "runs" / "mine" / "Tiny.pt").exists()
-
-
-def test_training_works_without_the_benchmarks_and_the_checker():
-    """They are wings of their own."""
-    code = "import sys, train; print({'benchmarks', 'checker'} & set(sys.modules))"
-    command = [sys.executable, "-c", code]
-    run = subprocess.run(command, cwd=Path(train.__file__).parent, capture_output=True, text=True)
-    assert run.stdout == "set()\n", run.stderr
 
 
 @pytest.mark.parametrize(
