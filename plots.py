@@ -115,7 +115,7 @@ def plot_accuracy(
     axis.set(ylabel="accuracy, %", title=f"Accuracy on {data}")
     if recipe.epochs >= 10 and max(axis.lines[0].get_ydata()) > 60:
         axis.set_ylim(60, 100)
-    axis.legend(loc="lower right")
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 0.07))  # above the sizes of the images
     return finish_figure(figure, path)
 
 

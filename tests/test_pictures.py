@@ -43,10 +43,11 @@ def is_red(picture, tolerance=40):
 def test_files_of_all_modes_give_the_largest_centred_square(suffix, mode, halves, tmp_path):
     image, path = Image.fromarray(halves), tmp_path / f"picture.{suffix}"
     (image.quantize() if mode == "P" else image.convert(mode)).save(path)
-    assert Image.open(path).mode == mode
-    for source in (path, str(path), Image.open(path)):
-        picture = open_picture(source)
-        assert picture.shape == (40, 40, 3) and is_red(picture[:, 4:-4])  # JPEG blurs the edge
+    with Image.open(path) as opened:
+        assert opened.mode == mode
+        for source in (path, str(path), opened):
+            picture = open_picture(source)
+            assert picture.shape == (40, 40, 3) and is_red(picture[:, 4:-4])  # JPEG blurs the edge
 
 
 def test_bytes_open_files_tensors_and_the_home_folder_are_taken(halves, tmp_path, monkeypatch):
@@ -68,10 +69,11 @@ def test_files_are_closed_again(ending, tmp_path):
     path = tmp_path / f"moving.{ending}"
     first, second = (Image.new("RGB", (9, 9), colour) for colour in (RED, BLUE))
     first.save(path, save_all=True, append_images=[second])
+    gc.collect()
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     assert is_red(open_picture(path), 0)
     gc.collect()
-    assert not before or len(os.listdir("/proc/self/fd")) == before
+    assert not before or len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_an_array_of_16_bits_may_hold_values_of_8(halves):
