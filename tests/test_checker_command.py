@@ -74,7 +74,11 @@ def table(tmp_path_factory):
         patch.setattr("builtins.print", lambda *text, **_: printed.extend(text))
         status = main([str(folder), "--csv", str(path)])
     assert path.read_bytes().startswith(codecs.BOM_UTF8)
-    return status, "\n".join(printed), list(csv.reader(path.open(encoding="utf-8-sig")))
+    return (
+        status,
+        "\n".join(printed),
+        list(csv.reader(path.read_text(encoding="utf-8-sig").splitlines())),
+    )
 
 
 def test_a_folder_of_answers_is_a_table_that_fits_and_that_any_encoding_can_print(table):
