@@ -52,7 +52,7 @@ tables: $(INSTALLED)  ## the tables and charts in the Markdown files, from the c
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, \
 	$(PYTHON) is %s: make PYTHON=python3.12" % sys.version.split()[0])'
-	@$(PYTHON) -c 'import ensurepip' || { echo "$(PYTHON) has no ensurepip: apt install python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2> /dev/null || { echo "$(PYTHON) has no ensurepip: apt install python3-venv"; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 	$(PIP) -r requirements.txt
 	touch $@
