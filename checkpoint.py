@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from checks import require
-from pretrained import load_metrics, one_line, room, serialised, write_file
+from pretrained import advice, load_metrics, one_line, serialised, write_file
 from recipe import Recipe
 
 try:
@@ -119,7 +119,7 @@ class Checkpoint:
         except OSError as error:
             print(
                 f"{self.path} could not be written ({error.strerror}): training goes on, and an "
-                f"older checkpoint is kept{room(error)}",
+                f"older checkpoint is kept{advice(error)}",
                 flush=True,
             )
 

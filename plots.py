@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from checks import positive, require
 from dataset import CIFAR10, A, normalise
 from loader import make_loader
-from pretrained import room, write_file
+from pretrained import advice, write_file
 from recipe import Recipe, make_scheduler
 
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"  # Okabe and Ito: colour-blind safe
@@ -384,7 +384,7 @@ def finish_figure(figure: plt.Figure, path: str | Path) -> plt.Figure:
     except OSError as error:
         print(
             f"{path} could not be written ({error.strerror}): the figure is only shown; choose "
-            f"another folder to keep it{room(error)}"
+            f"another folder to keep it{advice(error)}"
         )
     plt.close(figure)
     return figure

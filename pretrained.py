@@ -170,7 +170,7 @@ def serialised(state: object) -> bytes:
     return buffer.getvalue()
 
 
-def room(error: OSError) -> str:
+def advice(error: OSError) -> str:
     """Return what to do where a file could not be written: make room, if the disk is full."""
     return "; make room" if error.errno == errno.ENOSPC else ""
 

@@ -19,14 +19,13 @@ from checks import require
 from dataset import load_dataset, normalise, train_transform
 from model import NetDilated
 from plots import TARGET
-from pretrained import load, load_metrics
+from pretrained import WEIGHTS, load, load_metrics
 from published import NETWORKS
 from utils import mean_accuracy_under_corruptions
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 FILES = [ROOT / "README.md", HERE / "README.md", HERE / "ablations.md", HERE / "reproduce.md"]
-WEIGHTS = ROOT / "weights"
 EQUAL_EPOCHS = WEIGHTS / "30-epochs"
 
 

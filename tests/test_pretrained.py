@@ -206,8 +206,8 @@ def test_where_the_old_file_cannot_be_replaced_both_are_kept_and_named(tmp_path,
         write_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert path.with_name("figure.png.new").read_bytes() == b"new"
-    assert pretrained.room(OSError(errno.EACCES, "")) == ""
-    assert pretrained.room(OSError(errno.ENOSPC, "")) == "; make room"
+    assert pretrained.advice(OSError(errno.EACCES, "")) == ""
+    assert pretrained.advice(OSError(errno.ENOSPC, "")) == "; make room"
 
 
 # ---------------------------------------------------------------- torch.hub
