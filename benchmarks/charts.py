@@ -6,14 +6,17 @@ import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import scipy.stats
+import numpy as np
 
-from benchmarks.tables import EQUAL_EPOCHS, HERE, ROOT, ablations, runs
+from benchmarks.tables import EQUAL_EPOCHS, HERE, ROOT, runs
+from benchmarks.verdicts import Tables, ablations, by_recipe, judge, variants
 from checker.rules import PARAMETER_LIMIT
 from model import NetDilated
-from plots import BLUE, COLOURS, ORANGE, finish_figure
+from plots import BLUE, ORANGE, finish_figure
 from pretrained import load_metrics
 from published import NETWORKS
+
+SAME_FUNCTION = ["sums and differences of the halves as weights"]  # as NetDilated: not drawn
 
 
 def main() -> None:
@@ -119,39 +122,38 @@ def point(
 
 
 def plot_ablations(path: Path) -> plt.Figure:
-    """Draw how many points each change is worth in ten epochs, and the spread of the seeds."""
-    accuracies = {
-        name: row["validation_accuracy"]
-        for table in ("10 epochs", "10 epochs, other code")
-        for name, row in ablations()[table].items()
+    """Draw how each change moves the loss in ten epochs, and what chance alone would."""
+    tables = ablations()
+    compared = {
+        place: judge(tables, place, base)
+        for place, base in variants(tables)
+        if place[0].startswith("10 epochs") and place[1] not in SAME_FUNCTION
     }
-    unchanged = [accuracies.pop(name) for name in list(accuracies) if name.startswith("NetDilated")]
-    base = statistics.mean(unchanged)
-    bars = {name: accuracy - base for name, accuracy in accuracies.items()}
-    figure, axis = plt.subplots(figsize=(8, 0.4 * len(bars) + 1), layout="constrained")
-    names, values = zip(*sorted(bars.items(), key=lambda bar: -bar[1]), strict=True)
-    names = [textwrap.fill(name, 44) for name in names]
-    drawn = axis.barh(
-        names, values, color=[COLOURS[2] if value > 0 else ORANGE for value in values]
-    )
-    axis.bar_label(drawn, [f"{value:+.2f}" for value in values], padding=3, fontsize=9)
+    bars = {label(tables, place): verdict for place, verdict in compared.items() if verdict}
+    bars = dict(sorted(bars.items(), key=lambda bar: bar[1].difference))
+    changes = [bar.difference for bar in bars.values()]
+    widths = np.array([bar.half_width for bar in bars.values()])
+    colours = [BLUE if bar.outside else "grey" for bar in bars.values()]
+    figure, axis = plt.subplots(figsize=(8, 0.38 * len(bars) + 1), layout="constrained")
+    axis.barh([*bars], 2 * widths, left=-widths, height=0.9, color="gainsboro")
+    drawn = axis.barh([*bars], changes, height=0.5, color=colours)
+    axis.bar_label(drawn, [f"{change:+.4f}" for change in changes], padding=3, fontsize=9)
+    axis.axvline(0, color="black", linewidth=0.8)
     axis.set(
-        xlim=(min(values) - 0.4, max(*values, 0) + 0.4),
-        xlabel="percentage points of validation accuracy",
-        title=f"Variants after ten epochs (unchanged: {base:.2f} %)",
+        xlim=(min(changes) - 0.015, max(changes) + 0.015),
+        xlabel="change of the validation loss: left is better\n"
+        "light grey: 95 % interval of chance; blue: outside of it",
+        title="Variants of NetDilated after ten epochs",
     )
-    if len(unchanged) > 1:
-        error = (
-            statistics.stdev(unchanged) * (1 + 1 / len(unchanged)) ** 0.5
-        )  # of a run's distance from their mean
-        half_width = error * scipy.stats.t.ppf(0.975, len(unchanged) - 1)
-        axis.axvspan(-half_width, half_width, color="lightgrey", alpha=0.5, zorder=0)
-        axis.set_xlabel(
-            f"{axis.get_xlabel()}\n"
-            f"grey: 95 % prediction interval, unchanged ({len(unchanged)} seeds)"
-        )
     axis.invert_yaxis()
     return finish_figure(figure, path)
+
+
+def label(tables: Tables, place: tuple[str, str]) -> str:
+    """Return the name of a recipe in lines, with its number of seeds if it has several."""
+    table, name = place
+    seeds = len(by_recipe(tables[table])[name])
+    return textwrap.fill(f"{name} ({seeds} seeds)" if seeds > 1 else name, 44)
 
 
 if __name__ == "__main__":
