@@ -16,10 +16,16 @@ from torch import nn
 
 from checks import require
 from dataset import load_dataset
+from loader import make_loader
 from pretrained import write_json
 from recipe import Recipe
 from train import run
-from utils import accuracy_under_corruptions, mean_accuracy_under_corruptions
+from utils import (
+    accuracy_under_corruptions,
+    loss_and_accuracy,
+    mean_accuracy_under_corruptions,
+    predict,
+)
 
 HERE = Path(__file__).resolve().parent
 PLAIN = Recipe(teacher=None, corruption=0, validation_size=10_000)
@@ -97,8 +103,14 @@ def make_row(recipe: Recipe, build: Callable[[], nn.Module] | None = None) -> di
         )
     }
     held_out = load_dataset("validation", recipe.data, recipe.validation_size)
+    logits, labels = predict(model, make_loader(held_out, min(500, len(held_out))))
+    scaled, _ = loss_and_accuracy(logits / metrics["temperature"], labels)
     accuracies = accuracy_under_corruptions(model, held_out)
-    return {**row, "mean_accuracy_under_corruptions": mean_accuracy_under_corruptions(accuracies)}
+    return {
+        **row,
+        "validation_loss_scaled": scaled,  # at the temperature that fits best, to compare teachers
+        "mean_accuracy_under_corruptions": mean_accuracy_under_corruptions(accuracies),
+    }
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ def test_an_ablation_writes_its_row_once(tiny_runs, tmp_path, monkeypatch, capsy
     rows = json.loads((tmp_path / "rows.json").read_text())["table"]
     assert list(rows) == ["SGD", "base"] and rows["SGD"]["recipe"]["optimizer"] == "SGD"
     assert 0 <= rows["base"]["mean_accuracy_under_corruptions"] <= 100
+    assert 0 < rows["base"]["validation_loss_scaled"] < rows["base"]["validation_loss"]
     capsys.readouterr()
     ablations.main([], tmp_path / "rows.json", tmp_path)
     assert "epoch" not in capsys.readouterr().out

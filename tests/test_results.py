@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision
+from matplotlib.colors import to_rgba
 
 import utils
 from benchmarks import charts, tables
@@ -133,6 +134,22 @@ def test_committed_weights_make_the_same_mistakes_on_the_sample(path):
 # ---------------------------------------------------------------- README and tables
 
 
+def test_missing_losses_leave_gaps_in_the_tables(monkeypatch):
+    rows = {
+        "NetDilated": {"validation_loss": 0.2, "validation_accuracy": 92},
+        "NetDilated, seed 1": {"validation_loss": 0.3, "validation_accuracy": 91},
+        "old": {"validation_accuracy": 90},
+    }
+    monkeypatch.setattr(tables, "ablations", lambda: {"10 epochs": rows})
+    monkeypatch.setattr(tables, "COMPARED", {("10 epochs", "NetDilated"): ["10 epochs"]})
+    base, old = tables.judged().splitlines()[2:]
+    assert base == "| **NetDilated** | 10 | 2 | 0.2500 |  | base | 91.50 |  |"
+    assert old == "| old | 10 | 1 |  | not comparable |  | 90.00 | -1.50 ± 11.00 |"
+    runs = tables.all_ablations().splitlines()
+    assert runs[2] == "| variant | validation accuracy, % | validation loss |"
+    assert runs[-1] == "| old | 90.00 |  |"
+
+
 def test_the_tables_are_up_to_date():
     for path in tables.FILES:
         text = path.read_text()
@@ -159,17 +176,25 @@ def test_an_unknown_table_and_a_run_without_corruptions_are_named(monkeypatch):
         tables.corruptions()
 
 
-def test_the_charts_show_every_row(tmp_path):
-    names = [
-        label.get_text().replace("\n", " ")
-        for label in charts.plot_ablations(tmp_path / "ablations.png").axes[0].get_yticklabels()
-    ]
+def test_the_chart_of_ablations_shows_every_loss_that_can_be_compared(tmp_path):
+    axis = charts.plot_ablations(tmp_path / "ablations.png").axes[0]
+    labels = [label.get_text().replace("\n", " ") for label in axis.get_yticklabels()]
     rows = {
-        name
+        re.sub(r", seed \d+$", "", name)
         for table in ("10 epochs", "10 epochs, other code")
-        for name in tables.ablations()[table]
+        for name, row in tables.ablations()[table].items()
+        if "validation_loss" in row
     }
-    assert set(names) == {name for name in rows if not name.startswith("NetDilated")}
+    names = {re.sub(r" \(\d+ seeds\)$", "", label) for label in labels}
+    taught = {name for name in names if "teacher" in name}  # where it is comparable
+    assert names - taught == rows - {"NetDilated", *charts.SAME_FUNCTION}
+    chance, changes = axis.containers
+    for interval, change in zip(chance, changes, strict=True):
+        outside = abs(change.get_width()) > interval.get_width() / 2
+        assert change.get_facecolor() == to_rgba(charts.BLUE if outside else "grey")
+
+
+def test_the_chart_of_networks_shows_every_row(tmp_path):
     texts = [
         text.get_text()
         for text in charts.plot_comparison(tmp_path / "comparison.png").axes[0].texts
