@@ -185,11 +185,11 @@ def row(kind: str, accuracies: list[float]) -> str:
 
 def table(entry: dict) -> str:
     """Return an entry as lines for a person."""
-    kinds = entry["accuracies"]
+    kinds, images = entry["accuracies"], f"{entry['images']:,} images of {entry['data']}"
     reference = np.mean([augmix()[kind] for kind in kinds])
     return "\n".join(
         [
-            f"{entry['network']} on {entry['data']}, {entry['images']:,} images, {entry['source']}",
+            f"{entry['network']} on {images}, {entry['source']}",
             f"{'severity':18}{'1':>7}{'2':>7}{'3':>7}{'4':>7}{'5':>7}{'mean':>7}{'AugMix':>9}",
             *(row(kind, kinds[kind]) for kind in CORRUPTIONS if kind in kinds),
             f"{f'mean of {len(kinds)} of 15':53}{entry['mean']:7.1f}{reference:9.1f}",

@@ -391,7 +391,6 @@ def test_the_command_writes_and_shows_what_it_measures(saved, capsys):
 
 
 def test_accuracies_are_those_on_the_corrupted_images(images):
-    """A network that takes an image for a ship where its mean is low, and else for a frog."""
     model = Tiny().eval()
     labels = load_dataset("test", "tiny").targets[:COUNT]
     logits = model(cifar10c.utils.normalise(corrupt(images, "fog", 3)))
