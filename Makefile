@@ -3,6 +3,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 INSTALLED = .venv/installed-$(VERSION)
+EXPORT = .venv/installed-export-$(VERSION)
 PIP = $(PY) -m pip install -q --disable-pip-version-check --root-user-action=ignore
 DEMO = {"network": "NetDilated", "data": "sample", "validation_size": 0, "epochs": 8, "batch_size": 50, \
 	"optimizer": "Muon", "max_lr": 0.3, "muon_lr_ratio": 0.1, "warmup": 0.25, "momentum": [0.85, 0.95], \
@@ -10,7 +11,7 @@ DEMO = {"network": "NetDilated", "data": "sample", "validation_size": 0, "epochs
 	"distillation_weight": 0.9, "distillation_temperature": 4.0, "seed": 0, "num_workers": null, \
 	"device": "auto", "folder": "demo"}
 
-.PHONY: install demo test lint train notebook publish quick bench tables clean
+.PHONY: install demo test lint train notebook publish quick bench tables export install-export test-export clean
 
 install: $(INSTALLED)  ## what everything else needs, into .venv
 
@@ -48,6 +49,21 @@ bench: $(INSTALLED)  ## both sides of every comparison of speed, on CIFAR-10: be
 tables: $(INSTALLED)  ## the tables and charts in the Markdown files, from the committed files
 	$(PY) -m benchmarks.tables
 	$(PY) -m benchmarks.charts
+
+install-export: $(EXPORT)  ## what the export and its tests need, too
+
+export: $(EXPORT)  ## the ONNX files, the page, and what they achieve on CIFAR-10
+	$(PY) -m export
+	$(PY) -m export.latency
+
+test-install-export: $(EXPORT)  ## what the export and its tests need, too
+
+export: $(EXPORT)  ## the tests of the ONNX files and of the page
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_export.py tests/test_page.py
+
+$(EXPORT): requirements-export.txt $(INSTALLED)
+	$(PIP) -r requirements-export.txt
+	touch $@
 
 $(INSTALLED): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, \

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.exported import exported, quantised, runtimes
 from benchmarks.verdicts import (
     ACCURACY,
     COMPARED,
@@ -38,7 +39,8 @@ from utils import mean_accuracy_under_corruptions
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-FILES = [ROOT / "README.md", HERE / "README.md", HERE / "ablations.md", HERE / "reproduce.md"]
+FILES = [ROOT / "README.md", ROOT / "export" / "README.md"]
+FILES += [HERE / name for name in ("README.md", "ablations.md", "reproduce.md")]
 EQUAL_EPOCHS = WEIGHTS / "30-epochs"
 
 
@@ -284,21 +286,12 @@ PLAIN = "10 epochs, other code", "plain kernels, 96, 128 and 176 channels in C2 
 BASE = "10 epochs", "NetDilated"
 EARLIER = "10 epochs, earlier networks with plain kernels"
 UPSAMPLED = EARLIER, "upsampled to 64x64"
-RESIZED = EARLIER, "upsampled to 64x64, progressive resizing"
 
 IDEAS = {  # idea -> the recipe with it, and the one without
     "mirrored kernels": (BASE, PLAIN),
     "upsampling to 64x64 (plain kernels)": (UPSAMPLED, (EARLIER, "without upsampling")),
     "a teacher of equal size": ((TEACHERS, "our teacher"), (TEACHERS, "no teacher")),
     "Muon in place of SGD": (BASE, ("10 epochs", "SGD in place of Muon")),
-    "pointwise before depthwise (plain kernels)": (
-        RESIZED,
-        (EARLIER, f"{RESIZED[1]}, depthwise before pointwise"),
-    ),
-    "SiLU in place of ReLU (plain kernels)": (
-        RESIZED,
-        (EARLIER, f"{RESIZED[1]}, ReLU in place of SiLU"),
-    ),
 }
 COLUMNS = {  # head -> the figure of a row, and how it is written
     "parameters:": ("parameters", "{:,}".format),
@@ -426,6 +419,9 @@ TABLES: dict[str, Callable[[], str]] = {
         judged,
         deviations,
         all_ablations,
+        exported,
+        quantised,
+        runtimes,
     )
 }
 

@@ -37,10 +37,20 @@ class Convolution:
     @property
     def kernel(self) -> np.ndarray:
         """The whole kernel, (out, in, k, k), (out, 1, k, k) if depthwise."""
-        flipped = self.weight[..., ::-1]
-        if self.kind in ("standard", "pointwise"):
-            flipped = np.roll(flipped, flipped.shape[1] // 2, 1)
-        return np.concatenate([self.weight, flipped])
+        return unfold(self.weight, self.kind)
+
+
+def unfold(half: np.ndarray, kind: str) -> np.ndarray:
+    """Return the whole of an array whose first axis has half of the output channels.
+
+    A kernel, (out / 2, in, k, k), is mirrored; a bias or scale, (out / 2), is the same for a pair.
+    """
+    other = half
+    if half.ndim == 4:
+        other = half[..., ::-1]
+        if kind in ("standard", "pointwise"):
+            other = np.roll(other, other.shape[1] // 2, 1)
+    return np.concatenate([half, other])
 
 
 def fold(model: NetDilated) -> list[Convolution]:
@@ -57,6 +67,13 @@ def fold(model: NetDilated) -> list[Convolution]:
         for number, layer in enumerate(getattr(model, block))
         for convolution in _convolutions(f"{block}.{number}", layer)
     ]
+
+
+def count_parameters(model: NetDilated) -> int:
+    """Return how many weights and biases are left: batch norm's scales are in the kernels."""
+    arrays = [array for each in fold(model) for array in (each.weight, each.bias)]
+    linear = sum(each.numel() for each in model.O[-1].parameters())
+    return linear + sum(array.size for array in arrays if array is not None)
 
 
 def _convolutions(name, layer: ConvNormAct):
