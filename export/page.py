@@ -31,8 +31,8 @@ def _texts(model, metrics):
     """Return what stands in the place of each {{name}} of the template."""
     mistakes, claim = metrics.get("sample_mistakes", []), ""
     if "test_accuracy" in metrics:
-        accuracy = f"{metrics['test_accuracy']:.1f} %"
-        claim = f" It is right about {accuracy} of {metrics['data']}'s test images."
+        accuracy = f"{metrics['test_accuracy']:.1f}\N{NO-BREAK SPACE}%"
+        claim = f" It classifies {accuracy} of {metrics['data']}'s test images correctly."
     return {
         "network": type(model).__name__,
         "parameters": f"{sum(each.numel() for each in model.parameters()):,}",
@@ -106,7 +106,7 @@ def _samples(dataset: CIFAR10Sample, mistakes):
         wrong = [n for n in numbers if n in mistakes]
         right = [n for n in numbers if n not in mistakes]
         number = (wrong + right if label % 3 == 0 else right + wrong)[0]
-        image = f'<img src="{_png(dataset.data[number])}" width="64" height="64" alt="">'
+        image = f'<img src="{_png(dataset.data[number])}" style="width: 4rem" alt="">'
         yield f'<button type="button">{image}{name}</button>'
 
 
