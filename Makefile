@@ -56,9 +56,7 @@ export: $(EXPORT)  ## the ONNX files, the page, and what they achieve on CIFAR-1
 	$(PY) -m export
 	$(PY) -m export.latency
 
-test-install-export: $(EXPORT)  ## what the export and its tests need, too
-
-export: $(EXPORT)  ## the tests of the ONNX files and of the page
+test-export: $(EXPORT)  ## the tests of the ONNX files and of the page
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests/test_export.py tests/test_page.py
 
 $(EXPORT): requirements-export.txt $(INSTALLED)

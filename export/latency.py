@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +45,6 @@ def main(arguments: list[str] | None = None) -> None:
 def compare(options: argparse.Namespace) -> None:
     """Write the medians over the repeats, on one thread and on all cores."""
     from device import hardware, pick_device
-    from export.runtime import has_exact_sums
     from loader import CORES
     from pretrained import write_json
 
@@ -58,7 +59,8 @@ def compare(options: argparse.Namespace) -> None:
         print(
             "{:22}{:2} threads{:8.2f} ms for one image{:8.0f} images/s".format(*rows[-1].values())
         )
-    where = {"hardware": hardware(pick_device("cpu")), "exact_sums": has_exact_sums()}
+    where = {"hardware": hardware(pick_device("cpu")), "date": date.today().isoformat()}
+    where["versions"] = {name: version(name) for name in ("torch", "onnxruntime")}
     write_json(options.output, {**where, "batch": BATCH, "rows": rows})
 
 
@@ -79,7 +81,11 @@ def measure(name: str, threads: int, seconds: float) -> dict[str, float]:
 
 
 def pytorch(threads: int) -> Callable[[np.ndarray], object]:
-    """Return the function that computes logits of uint8 (N, 32, 32, 3) images in PyTorch."""
+    """Return the function that computes logits of uint8 (N, 32, 32, 3) images in PyTorch.
+
+    It runs the network as `evaluate.py` does: eager, with batch norm, and it makes the mirrored
+    kernels at each call.
+    """
     import torch
 
     from dataset import normalise
