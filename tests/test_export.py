@@ -63,6 +63,14 @@ def test_the_float32_file_gives_pytorchs_probabilities_image_for_image(sample, e
     assert np.abs(probabilities - scaled).max() < 1e-4
 
 
+def test_the_float32_file_means_the_same_to_onnxs_reference_implementation(sample):
+    from onnx.reference import ReferenceEvaluator
+
+    images = sample.data[:2]
+    (logits,) = ReferenceEvaluator(str(FLOAT32)).run(["logits"], {"images": images})
+    assert np.abs(logits - predict(open_model(FLOAT32), images)).max() < 1e-4
+
+
 def test_the_int8_file_has_the_committed_accuracy_and_is_close_to_float32(sample, expected):
     session = open_model(INT8)
     committed = RESULTS["models"][command.INT8]
