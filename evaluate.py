@@ -1,11 +1,13 @@
 """Test saved weights: `python evaluate.py weights/teacher --corruptions`."""
 
 import argparse
+import os
 import sys
 
 from torch import nn
 
 import utils
+from benchmarks import cifar10c
 from dataset import CIFAR10, DATASETS, load_dataset
 from device import keep_freed_memory, pick_device, to_device
 from loader import make_loader
@@ -14,23 +16,20 @@ from published import find_network
 from recipe import Recipe
 
 
-def evaluate(
-    model: nn.Module, dataset: CIFAR10, temperature: float = 1.0, corruptions: bool = False
-) -> dict:
+def evaluate(model: nn.Module, dataset: CIFAR10, temperature: float = 1.0) -> dict:
     """Measure a network on the images of a data set, and return what `evaluate.py --save` saves.
 
     Args:
         model: a network from (N, 3, 32, 32) normalised images to (N, 10) logits.
         dataset: the test images.
         temperature: what the logits are divided by for the second calibration error.
-        corruptions: whether to measure the accuracy under corruptions, too.
 
     Returns:
         loss, accuracies and calibration errors (in percent), and the mistakes on the sample.
     """
     logits, labels = utils.predict(model, make_loader(dataset, min(500, len(dataset))))
     loss, accuracy = utils.loss_and_accuracy(logits, labels)
-    results = {
+    return {
         "test_loss": loss,
         "test_accuracy": accuracy,
         "accuracy_by_class": utils.accuracy_by_class(dataset, logits),
@@ -39,11 +38,23 @@ def evaluate(
         "calibration_error_scaled": utils.calibration_error(dataset, logits / temperature),
         "sample_mistakes": utils.sample_mistakes(model),
     }
-    if corruptions:
-        results["accuracy_under_corruptions"] = utils.accuracy_under_corruptions(
-            model, dataset, images=len(dataset) // 5
-        )
-    return results
+
+
+def measure_corruptions(
+    model: nn.Module, dataset: CIFAR10, metrics: dict, folder: str | None, root: str | None
+) -> None:
+    """Measure CIFAR-10-C, and print a line for each kind of corruption.
+
+    With a folder, the metrics there get each kind as soon as it is measured, and what they have
+    already is only shown. `root` is the folder of the official files, if they are there.
+    """
+    known = metrics.get("cifar10c") if folder else None
+    print(cifar10c.HEAD)
+    for kind, results in cifar10c.measure(model, dataset, known, root):
+        if folder:
+            add_metrics(metrics, folder, cifar10c=results)
+        print(cifar10c.row(kind, results["accuracies"][kind]), flush=True)
+    print(cifar10c.summary(results))
 
 
 def temperature_of(metrics: dict) -> float:
@@ -67,13 +78,6 @@ def report(results: dict, title: str) -> str:
         f"expected calibration error {results['calibration_error']:.1f} %, at temperature "
         f"{results['temperature']:.3g} {results['calibration_error_scaled']:.1f} %"
     )
-    corrupted = results.get("accuracy_under_corruptions", {})
-    for name, (_, *severities) in corrupted.items():
-        values = " ".join(f"{value:5.1f}" for value in severities)
-        lines.append(f"    {name:12}{values} %, at severity 1 to {len(severities)}")
-    if corrupted:
-        mean = utils.mean_accuracy_under_corruptions(corrupted)
-        lines.append(f"under corruptions {mean:.1f} % on average, over the first fifth")
     return "\n".join(lines)
 
 
@@ -89,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", default="CIFAR-10", help=f"one of {', '.join(DATASETS)}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     parser.add_argument(
-        "--corruptions", action="store_true", help="under corruptions, too: 25 times a fifth of it"
+        "--corruptions", action="store_true", help="under CIFAR-10-C, too: 70 times the test set"
     )
     parser.add_argument(
         "--save", action="store_true", help="add the results to the metrics beside the weights"
@@ -102,12 +106,16 @@ def main(arguments: list[str] | None = None) -> None:
         model, metrics = load(find_network(options.network), options.folder)
         to_device(model, pick_device(options.device))
         dataset = load_dataset("test", options.data)
-        results = evaluate(model, dataset, temperature_of(metrics), options.corruptions)
+        results = evaluate(model, dataset, temperature_of(metrics))
         print(report(results, f"{metrics['network']} on {dataset.title}"))
         if options.save:  # loss and accuracy stay as the run itself measured them
             new = {key: value for key, value in results.items() if key not in metrics["history"]}
-            add_metrics(metrics, options.folder, **new)
+            metrics = add_metrics(metrics, options.folder, **new)
             print(f"saved in {options.folder}/{metrics['network']}.json")
+        if options.corruptions:
+            folder = options.folder if options.save else None
+            root = os.environ.get("CIFAR10C_ROOT") if options.data == "CIFAR-10" else None
+            measure_corruptions(model, dataset, metrics, folder, root)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")
     except KeyboardInterrupt:

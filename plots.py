@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections.abc import Collection
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,7 +15,7 @@ from torch.utils.data import Subset
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from checks import positive, require
-from dataset import CIFAR10, A, normalise
+from dataset import CIFAR10, normalise
 from loader import make_loader
 from pretrained import advice, write_file
 from recipe import Recipe, make_scheduler
@@ -46,22 +47,19 @@ def plot_augmentations(
 
 
 def plot_corrupted_images(
-    dataset: CIFAR10, corruptions: dict[str, list[A.BasicTransform]], path: str | Path
+    versions: dict[str, np.ndarray], severity: int, path: str | Path, data: str = "CIFAR-10"
 ) -> plt.Figure:
-    """Draw an image of the data set for each kind of corruption, clean and at each severity."""
-    severities = max(map(len, corruptions.values()))
+    """Draw an image and what corruptions of a severity make of it: uint8 (H, W, 3), by name."""
+    rows = -(-len(versions) // 8)
     figure, axes = plt.subplots(
-        len(corruptions), severities + 1, figsize=(8, 6.8), layout="constrained"
+        rows, 8, figsize=(10, 1.5 * rows + 0.4), layout="constrained", squeeze=False
     )
-    kinds = corruptions.items()
-    for row, image, (name, transforms) in zip(axes, dataset.data, kinds, strict=False):
-        corrupted = [A.Compose([each], seed=0)(image=image)["image"] for each in transforms]
-        for severity, (axis, version) in enumerate(zip(row, [image, *corrupted], strict=True)):
-            show_image(axis, version)
-            axis.set_title(f"{name} {severity}" if severity else "clean", fontsize=10)
-    figure.suptitle(
-        f"{dataset.title}: test images and their corruptions of severity 1 to {severities}"
-    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (name, version) in zip(axes.flat, versions.items(), strict=False):
+        show_image(axis, version)
+        axis.set_title(name.replace("_", " "), fontsize=9)
+    figure.suptitle(f"{data}: a test image and its corruptions of severity {severity}")
     return finish_figure(figure, path)
 
 
@@ -247,20 +245,34 @@ def plot_reliability(
 
 
 def plot_corruptions(
-    accuracies: dict[str, list[float]], path: str | Path, data: str = "CIFAR-10"
+    accuracies: dict[str, float],
+    others: dict[str, dict[str, float]],
+    path: str | Path,
+    near_training: Collection[str] = (),
+    data: str = "CIFAR-10",
 ) -> plt.Figure:
-    """Draw the result of `utils.accuracy_under_corruptions` over the severity."""
-    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for (name, values), colour, marker in zip(accuracies.items(), COLOURS, "osD^v", strict=True):
-        axis.plot(range(len(values)), values, color=colour, marker=marker, markersize=5, label=name)
-    axis.set(
-        xlabel="severity of the corruption",
-        ylabel="accuracy, %",
-        xticks=range(len(values)),
-        title=f"Accuracy on corrupted {data}",
-    )
-    axis.grid(alpha=0.3)
-    axis.legend()
+    """Draw the accuracies in percent by kind of corruption as bars, the best on top.
+
+    The bars of kinds that are near those in training are pale. Other networks, accuracies by kind
+    by name, are markers.
+    """
+    kinds = sorted(accuracies, key=accuracies.get)
+    figure, axis = plt.subplots(figsize=(8, 0.25 * len(kinds) + 1.6), layout="constrained")
+    for pale in (False, True):
+        places = [place for place, kind in enumerate(kinds) if (kind in near_training) == pale]
+        label = f"the network, {'near' if pale else 'unlike'} its training"
+        values = [accuracies[kinds[place]] for place in places]
+        axis.barh(places, values, color=BLUE, alpha=0.4 if pale else 1, label=label)
+    for (name, values), colour, marker in zip(others.items(), COLOURS[1:], "Do^v", strict=False):
+        places = [place for place, kind in enumerate(kinds) if kind in values]
+        values = [values[kinds[place]] for place in places]
+        axis.plot(values, places, marker, color=colour, markeredgecolor="white", label=name)
+    labels = [f"{kind.replace('_', ' ')}  {accuracies[kind]:.1f}" for kind in kinds]
+    axis.set_yticks(range(len(kinds)), labels)
+    axis.set(xlim=(0, 100), xlabel="accuracy, %, mean over the severities")
+    axis.set_title(f"Accuracy on corrupted {data}")
+    axis.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2)
     return finish_figure(figure, path)
 
 

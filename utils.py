@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator
 from datetime import date
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,7 +19,7 @@ from torchmetrics.functional.classification import (
 from torchvision.transforms.v2.functional import gaussian_blur, resize
 from tqdm import tqdm
 
-from dataset import CIFAR10, A, load_dataset, mean_and_std, normalise
+from dataset import CIFAR10, load_dataset, mean_and_std, normalise
 from device import autocast, hardware, versions
 from loader import make_loader
 from plots import (  # noqa: F401
@@ -39,23 +38,6 @@ from plots import (  # noqa: F401
 )
 from pretrained import inner_network, write_file
 from recipe import Recipe
-
-CORRUPTIONS = {  # of test images, at five severities; JPEG and more brightness are not in training
-    "noise": [
-        A.GaussNoise((strength, strength), p=1) for strength in (0.02, 0.04, 0.06, 0.08, 0.1)
-    ],
-    "blur": [A.GaussianBlur(0, (sigma, sigma), p=1) for sigma in (0.4, 0.6, 0.8, 1, 1.2)],
-    "JPEG": [
-        A.ImageCompression("jpeg", (quality, quality), p=1) for quality in (80, 65, 50, 35, 20)
-    ],
-    "brightness": [
-        A.RandomBrightnessContrast((more, more), 0, p=1) for more in (0.1, 0.2, 0.3, 0.4, 0.5)
-    ],
-    "darkness": [
-        A.MultiplicativeNoise((factor, factor), p=1) for factor in (0.8, 0.65, 0.5, 0.35, 0.2)
-    ],
-}
-
 
 # ---------------------------------------------------------------- training
 
@@ -143,8 +125,7 @@ def corrupt(images: torch.Tensor, probability: float) -> torch.Tensor:
     Gaussian noise has a standard deviation of 0.1 times the strength squared, as a share of the
     range of pixels, so it is mostly weak. Blur is between the image (strength 0) and its Gaussian
     blur of 1.2 pixels (1). Low contrast is a mix of the image with one random grey from black to
-    white, at most 80 % of it. Values are not clipped. The strongest noise and blur, and the
-    strongest mix with black, are those of severity 5 in `CORRUPTIONS`.
+    white, at most 80 % of it. Values are not clipped.
     """
     if not probability:
         return images
@@ -392,36 +373,3 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
     optimizer.step(closure)
     return log_temperature.exp().item()
-
-
-def accuracy_under_corruptions(
-    model: nn.Module, dataset: CIFAR10, images: int = 2000
-) -> dict[str, list[float]]:
-    """Return six accuracies in percent by kind of corruption: clean, and at five severities.
-
-    They are those of the first images of the data set, `images` of them at most. After Hendrycks
-    and Dietterich, Benchmarking neural network robustness, https://arxiv.org/abs/1903.12261.
-    """
-    first = copy.copy(dataset)
-    first.data, first.targets = dataset.data[:images], dataset.targets[:images]
-
-    def accuracy():  # a new loader, so that each corruption has the same random numbers
-        return test(model, make_loader(first, min(500, len(first))))[1]
-
-    clean = accuracy()
-    accuracies = {name: [clean] for name in CORRUPTIONS}
-    for name, transforms in CORRUPTIONS.items():
-        for transform in transforms:
-            first.transform = A.Compose([transform])
-            accuracies[name].append(accuracy())
-    return accuracies
-
-
-def mean_accuracy_under_corruptions(
-    accuracies: dict[str, list[float]], kinds: Iterable[str] = tuple(CORRUPTIONS)
-) -> float:
-    """Return the mean accuracy in percent under some kinds of corruption, over the severities.
-
-    `accuracies` is the result of `accuracy_under_corruptions`; the clean images don't count.
-    """
-    return np.mean([accuracies[kind][1:] for kind in kinds]).item()

@@ -343,3 +343,10 @@ BLUR = (defocus_blur, glass_blur, motion_blur, zoom_blur)
 WEATHER = (snow, frost, fog, brightness)
 DIGITAL = (contrast, elastic_transform, pixelate, jpeg_compression)
 CORRUPTIONS = {each.__name__: each for each in NOISE + BLUR + WEATHER + DIGITAL}
+# as the noise, the blur and the low contrast in training (`utils.corrupt`), or near them
+NEAR_TRAINING = [each.__name__ for each in (gaussian_noise, shot_noise, *BLUR, contrast)]
+
+
+def kinds_to_make() -> list[str]:
+    """Return the names of `CORRUPTIONS`, without frost unless `FROST_ROOT` is set."""
+    return [name for name in CORRUPTIONS if name != "frost" or os.environ.get("FROST_ROOT")]

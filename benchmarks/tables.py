@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.cifar10c import mean, published
+from benchmarks.corruptions import CORRUPTIONS, NEAR_TRAINING
 from benchmarks.exported import exported, quantised, runtimes
 from benchmarks.verdicts import (
     ACCURACY,
@@ -35,13 +37,13 @@ from model import NetDilated
 from plots import TARGET
 from pretrained import WEIGHTS, load, load_metrics
 from published import NETWORKS
-from utils import mean_accuracy_under_corruptions
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 FILES = [ROOT / "README.md", ROOT / "export" / "README.md"]
 FILES += [HERE / name for name in ("README.md", "ablations.md", "reproduce.md")]
 EQUAL_EPOCHS = WEIGHTS / "30-epochs"
+TEACHER = WEIGHTS / "teacher"
 
 
 def main() -> None:
@@ -93,25 +95,62 @@ def headline() -> str:
 
 
 def corruptions() -> str:
-    """The accuracy under corruptions in a sentence."""
-    accuracies = runs()[0].get("accuracy_under_corruptions")
-    if not accuracies:
-        raise ValueError(
-            "weights/NetDilated.json has no accuracy_under_corruptions: "
-            "`python evaluate.py --corruptions --save` adds it"
-        )
-    clean, corrupted = accuracies["noise"][0], mean_accuracy_under_corruptions(accuracies)
-    unseen = mean_accuracy_under_corruptions(accuracies, ["JPEG", "brightness"])
+    """The accuracy under the corruptions of CIFAR-10-C in a sentence."""
+    ours, teacher = measured_corruptions()
+    unlike = [kind for kind in ours if kind not in NEAR_TRAINING]
     return (
-        f"Seed 0 classifies {corrupted:.1f} % of 2,000 corrupted test images correctly,\n"
-        f"{unseen:.1f} % under the two kinds that were not in its training (JPEG, brightness), and "
-        f"{clean:.1f} % of the clean ones."
+        f"Under {len(ours)} of the {len(CORRUPTIONS)} kinds of "
+        f"[CIFAR-10-C](https://arxiv.org/abs/1903.12261), seed 0 has {mean(ours):.1f} %, and "
+        f"{mean(ours, unlike):.1f} % under the {len(unlike)}\n"
+        f"unlike those in training; AugMix (WRN-40-2, trained on none) has "
+        f"{mean(published(), ours):.1f} % as published, the teacher (on none) "
+        f"{mean(teacher, ours):.1f} %."
     )
+
+
+def measured_corruptions() -> tuple[dict, dict]:
+    """Return the accuracies of seed 0 and of the teacher by kind of corruption.
+
+    They have the same kinds, in the order of `CORRUPTIONS`.
+
+    Raises:
+        ValueError: they are not measured.
+    """
+    folders = {"weights": runs()[0], "weights/teacher": load_metrics("NetDilated", TEACHER)}
+    for folder, metrics in folders.items():
+        if "cifar10c" not in metrics:
+            raise ValueError(
+                f"{folder}/NetDilated.json has no cifar10c: "
+                f"`python evaluate.py {folder} --corruptions --save` adds it"
+            )
+    both = [metrics["cifar10c"]["accuracies"] for metrics in folders.values()]
+    kinds = [kind for kind in CORRUPTIONS if all(kind in each for each in both)]
+    ours, teacher = ({kind: each[kind] for kind in kinds} for each in both)
+    return ours, teacher
+
+
+def cifar10c() -> str:
+    """The accuracy under each kind of corruption, beside published ones."""
+    ours, teacher = measured_corruptions()
+    networks = {
+        "NetDilated, seed 0": ours,
+        "its teacher": teacher,
+        **{name: published(name) for name in ("WRN-28-10", "WRN-40-2, AugMix", "WRN-18-2, LRR")},
+    }
+    unlike = [kind for kind in ours if kind not in NEAR_TRAINING]
+    rows = {kind.replace("_", " ") + "*" * (kind in NEAR_TRAINING): [kind] for kind in ours}
+    rows[f"**mean of {len(ours)}**"] = ours
+    rows[f"**mean of the {len(unlike)} without \\***"] = unlike
+    cells = [
+        (name, *(f"{mean(accuracies, kinds):.1f}" for accuracies in networks.values()))
+        for name, kinds in rows.items()
+    ]
+    return markdown_table(("accuracy, %", *(f"{name}:" for name in networks)), cells)
 
 
 def results() -> str:
     """The headline runs, its teacher, and the three networks after equal epochs without one."""
-    first, teacher = runs()[0], load_metrics("NetDilated", WEIGHTS / "teacher")
+    first, teacher = runs()[0], load_metrics("NetDilated", TEACHER)
     rows = [
         _result("NetDilated, headline recipe", first, f"**{mean_and_deviation()}**"),
         _result("the teacher: without one, without corruption, 45,000 images", teacher),
@@ -301,6 +340,7 @@ COLUMNS = {  # head -> the figure of a row, and how it is written
     "validation loss:": (LOSS, "{:.3f}".format),
     "loss at the fitted temperature:": (SCALED, "{:.3f}".format),
     "corrupted %:": ("mean_accuracy_under_corruptions", "{:.1f}".format),
+    "CIFAR-10-C, %:": ("mean_accuracy_cifar10c", "{:.1f}".format),
 }
 
 
@@ -406,6 +446,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for function in (
         headline,
         corruptions,
+        cifar10c,
         ideas,
         results,
         seeds,
