@@ -260,9 +260,10 @@ def plot_corruptions(
     figure, axis = plt.subplots(figsize=(8, 0.25 * len(kinds) + 1.6), layout="constrained")
     for pale in (False, True):
         places = [place for place, kind in enumerate(kinds) if (kind in near_training) == pale]
-        label = f"the network, {'near' if pale else 'unlike'} its training"
         values = [accuracies[kinds[place]] for place in places]
-        axis.barh(places, values, color=BLUE, alpha=0.4 if pale else 1, label=label)
+        if places:
+            label = f"the network, {'near' if pale else 'unlike'} its training"
+            axis.barh(places, values, color=BLUE, alpha=0.4 if pale else 1, label=label)
     for (name, values), colour, marker in zip(others.items(), COLOURS[1:], "Do^v", strict=False):
         places = [place for place, kind in enumerate(kinds) if kind in values]
         values = [values[kinds[place]] for place in places]

@@ -146,6 +146,11 @@ def mean(accuracies: Accuracies | dict[str, float], kinds: Iterable[str] | None 
     return np.mean([accuracies[kind] for kind in (accuracies if kinds is None else kinds)]).item()
 
 
+def by_kind(accuracies: Accuracies) -> dict[str, float]:
+    """Return the mean accuracy in percent over the severities by kind."""
+    return {kind: mean(accuracies, [kind]) for kind in accuracies}
+
+
 @functools.cache
 def published(network: str = "WRN-40-2, AugMix") -> dict[str, float]:
     """Return the published mean accuracies of a network, in percent, by kind."""

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import ablations, bench, quick
+from benchmarks import ablations, bench, cifar10c, quick
+from benchmarks.corruptions import CORRUPTIONS
+from dataset import load_dataset
 from model import NetDilated
 from recipe import Recipe
 from train import run
@@ -103,6 +105,7 @@ def tiny_runs(monkeypatch):
     """The runs of the benchmarks train a tiny network."""
     for module in (ablations, quick):
         monkeypatch.setattr(module, "run", lambda recipe, build=None: run(recipe, build or Tiny))
+    monkeypatch.setattr(ablations, "CORRUPTIONS", ["contrast"])
     return Recipe(data="tiny", epochs=2, batch_size=50, sizes=(32,), teacher=None, num_workers=0)
 
 
@@ -115,7 +118,7 @@ def test_an_ablation_writes_its_row_once(tiny_runs, tmp_path, monkeypatch, capsy
     ablations.main([], tmp_path / "rows.json", tmp_path)
     rows = json.loads((tmp_path / "rows.json").read_text())["table"]
     assert list(rows) == ["SGD", "base"] and rows["SGD"]["recipe"]["optimizer"] == "SGD"
-    assert 0 <= rows["base"]["mean_accuracy_under_corruptions"] <= 100
+    assert 0 <= rows["base"]["mean_accuracy_cifar10c"] <= 100
     assert 0 < rows["base"]["validation_loss_scaled"] < rows["base"]["validation_loss"]
     capsys.readouterr()
     ablations.main([], tmp_path / "rows.json", tmp_path)
@@ -123,6 +126,21 @@ def test_an_ablation_writes_its_row_once(tiny_runs, tmp_path, monkeypatch, capsy
     (tmp_path / "rows.json").write_text(json.dumps({"table": {"SGD": {}, "base": rows["base"]}}))
     ablations.main(["SGD"], tmp_path / "rows.json", tmp_path)  # of the run that is finished
     assert json.loads((tmp_path / "rows.json").read_text())["table"] == rows
+
+
+def test_an_ablation_is_measured_under_all_corruptions_but_frost_wherever_it_is(monkeypatch):
+    monkeypatch.setenv("FROST_ROOT", "anywhere")
+    monkeypatch.setenv("CIFAR10C_ROOT", "anywhere")
+    seen = []
+
+    def accuracies_of(model, kind, images, labels):
+        seen.append(kind)
+        return 5 * [len(images) + len(seen)]
+
+    monkeypatch.setattr(cifar10c, "accuracies_of", accuracies_of)
+    dataset = load_dataset("test", "tiny")
+    mean = ablations.mean_accuracy_cifar10c(Tiny(), dataset, 50)
+    assert set(seen) == set(CORRUPTIONS) - {"frost"} and mean == 50 + sum(range(1, 15)) / 14
 
 
 def test_a_side_that_dies_ends_the_measurement():

@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-import tiny
 from benchmarks import cifar10c, corruptions
 from benchmarks.corruptions import CORRUPTIONS, corrupt
 from dataset import load_dataset
-from pretrained import save
-from tiny import HISTORY, SHORT, Tiny
+from tiny import Tiny
 
 COUNT = 20
 SEVERITIES = range(1, 6)
@@ -357,37 +355,24 @@ def test_wrong_official_files_give_one_line(official_root):
         cifar10c.official("snow", 1, official_root)
 
 
-# ---------------------------------------------------------------- the command
+# ---------------------------------------------------------------- measuring
 
 
 @pytest.fixture
-def saved(tmp_path):
-    """The folder of a small network with its weights and metrics."""
-    save_tiny(tmp_path / "weights")
-    return tmp_path / "weights"
+def measured(monkeypatch):
+    """The kinds that are measured, in a moment."""
+    kinds = []
+
+    def accuracies_of(model, kind, images, labels, root):
+        kinds.append(kind)
+        return [50.0 + severity for severity in SEVERITIES]
+
+    monkeypatch.setattr(cifar10c, "accuracies_of", accuracies_of)
+    return kinds
 
 
-def save_tiny(folder):
-    for path in folder.glob("*"):
-        path.unlink()
-    save(Tiny(), {"network": "Tiny", "recipe": SHORT.to_json(), "history": HISTORY}, folder)
-
-
-def command(folder, *options):
-    """Measure 20 images of the sample; return what is written."""
-    output = folder / "results.json"
-    network = ("--network", f"{tiny.__file__}:Tiny", "--data", "tiny", "--images", "20")
-    cifar10c.main([str(folder), *network, "--output", str(output), *options])
-    return json.loads(output.read_text())
-
-
-def test_the_command_writes_and_shows_what_it_measures(saved, capsys):
-    (entry,) = command(saved, "--kinds", "contrast", "pixelate").values()
-    text = capsys.readouterr().out
-    assert list(entry["accuracies"]) == ["contrast", "pixelate"]
-    assert entry["mean"] == pytest.approx(np.mean(list(entry["accuracies"].values())))
-    assert entry["images"] == 20 and {"sha256", "hardware", "date", "versions"} <= set(entry)
-    assert f"mean of 2 of 15{'':38}{entry['mean']:7.1f}{(90.32 + 83.21) / 2:9.1f}" in text
+def measure(**options):
+    return cifar10c.measure(Tiny(), load_dataset("test", "tiny"), **options)
 
 
 def test_accuracies_are_those_on_the_corrupted_images(images):
@@ -398,73 +383,73 @@ def test_accuracies_are_those_on_the_corrupted_images(images):
     assert cifar10c.accuracies_of(model, "fog", images, labels)[2] == pytest.approx(expected)
 
 
-def test_it_goes_on_where_it_was_interrupted(saved, monkeypatch):
-    measured, accuracies_of = [], cifar10c.accuracies_of
-
-    def interrupted(model, kind, *rest):
-        if kind == "pixelate" and not measured.count(kind):
-            measured.append(kind)
-            raise KeyboardInterrupt
-        measured.append(kind)
-        return accuracies_of(model, kind, *rest)
-
-    monkeypatch.setattr(cifar10c, "accuracies_of", interrupted)
-    with pytest.raises(SystemExit):
-        command(saved, "--kinds", "contrast", "pixelate")
-    (entry,) = command(saved, "--kinds", "contrast", "pixelate").values()
-    assert measured == ["contrast", "pixelate", "pixelate"] and len(entry["accuracies"]) == 2
+def test_all_that_is_known_is_there_after_each_kind(measured):
+    steps = measure()
+    kind, known = next(steps)
+    assert kind == "gaussian_noise" and known["accuracies"] == {kind: [51, 52, 53, 54, 55]}
+    assert known["images"] == 200 and known["source"] == "made with seed 0"
+    assert 0 <= known["clean"] <= 100 and {"hardware", "date"} <= set(known)
+    assert {"scipy", "opencv", "pillow", "torch"} <= set(known["versions"])
+    assert len(measured) == 1
+    assert [kind for kind, _ in steps] == cifar10c.kinds_to_make()[1:] == measured[1:]
 
 
-def test_other_weights_are_measured_anew(saved):
-    (before,) = command(saved, "--kinds", "contrast").values()
-    save_tiny(saved)
-    (after,) = command(saved, "--kinds", "pixelate").values()
-    assert before["sha256"] != after["sha256"] and list(after["accuracies"]) == ["pixelate"]
+def test_what_is_known_is_not_measured_again(measured):
+    _, known = next(measure())
+    known["accuracies"] = {"frost": 5 * [80.0], **known["accuracies"]}  # it was made elsewhere
+    kinds = [kind for kind, _ in measure(known=known)]
+    assert kinds == list(CORRUPTIONS) == list(dict.fromkeys(["gaussian_noise", *kinds]))
+    assert len(measured) == 14 and known["accuracies"]["frost"] == 5 * [80.0]
 
 
-def test_without_pictures_of_frost_there_are_fourteen(capsys, frost_root, monkeypatch):
-    assert cifar10c.kinds_to_measure(None, None) == list(CORRUPTIONS)
+def test_what_is_known_of_other_images_is_refused(measured):
+    _, known = next(measure())
+    with pytest.raises(ValueError, match='with images 100 instead of 200: remove their "cifar10c"'):
+        next(measure(known={**known, "images": 100}))
+    with pytest.raises(ValueError, match="with source made with seed 0 instead of official files"):
+        next(measure(known=known, root="anywhere"))
+
+
+def test_without_pictures_of_frost_there_are_fourteen(frost_root, monkeypatch):
+    assert corruptions.kinds_to_make() == list(CORRUPTIONS)
     monkeypatch.delenv("FROST_ROOT")
-    assert len(cifar10c.kinds_to_measure(None, None)) == 14
-    assert capsys.readouterr().out.startswith("14 of 15 kinds: frost needs frost1.png")
-    assert "frost" in cifar10c.kinds_to_measure(None, "official")
+    assert set(CORRUPTIONS) - set(corruptions.kinds_to_make()) == {"frost"}
 
 
-def test_official_files_are_measured_where_they_are_named(saved, official_root, monkeypatch):
-    monkeypatch.setattr(cifar10c, "load_dataset", lambda *_: load_dataset("test", "tiny"))
+def test_official_files_are_measured_where_they_are_named(images, official_root, monkeypatch):
     seen = []
     monkeypatch.setattr(
         cifar10c, "accuracy", lambda _, images, labels: seen.append((images[0].max(), *labels)) or 5
     )
-    (entry,) = command(saved, "--data", "CIFAR-10", "--images", "2", "--kinds", "fog").values()
-    assert seen[1:] == [(severity, 0, 1) for severity in SEVERITIES]  # the first is clean
-    assert entry["source"] == "official files" and entry["accuracies"] == {"fog": [5] * 5}
+    assert cifar10c.accuracies_of(None, "fog", images[:2], None, official_root) == 5 * [5]
+    assert seen == [(severity, 0, 1) for severity in SEVERITIES]
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--images", "0"], "images is 0: choose a number above 0"),
-        (["--images", "10"], "with images 20 instead of 10: choose another --output"),
-        (["--kinds", "frost"], "frost needs frost1.png"),
-        (["--network", "Unknown"], "network is 'Unknown': choose one of"),
-        (["--data", "CIFAR-100"], "data is 'CIFAR-100': choose one of"),
-    ],
-)
-def test_bad_options_are_explained_in_one_line(saved, options, message):
-    command(saved, "--kinds", "contrast")
-    with pytest.raises(SystemExit) as end:
-        command(saved, "--kinds", "contrast", *options)
-    assert message in end.value.code and "\n" not in end.value.code
+def test_all_fifteen_official_files_are_read_without_pictures_of_frost(measured):
+    known = [known for _, known in measure(root="anywhere")][-1]
+    assert list(known["accuracies"]) == list(CORRUPTIONS) and known["source"] == "official files"
 
 
-def test_damaged_results_and_the_sample_with_official_files_are_refused(saved, monkeypatch):
-    (saved / "results.json").write_text("{")
-    with pytest.raises(SystemExit, match="results.json is damaged .*: remove it"):
-        command(saved, "--kinds", "contrast")
-    monkeypatch.setenv("CIFAR10C_ROOT", "anywhere")
-    with pytest.raises(SystemExit, match="unset it, or leave out --data"):
-        command(saved)
+# ---------------------------------------------------------------- means and tables
+
+ACCURACIES = {"fog": [90.0, 80.0, 70.0, 60.0, 50.0], "snow": 5 * [80.0]}
+
+
+def test_a_mean_is_over_severities_and_kinds():
+    assert cifar10c.mean(ACCURACIES) == 75 and cifar10c.mean(ACCURACIES, {"snow"}) == 80
+    assert cifar10c.by_kind(ACCURACIES) == {"fog": 70, "snow": 80}
+
+
+def test_a_table_says_of_how_many_kinds_and_images_a_mean_is():
+    results = {"images": 200, "source": "official files", "clean": 95, "accuracies": ACCURACIES}
+    line = cifar10c.row("fog", ACCURACIES["fog"])
+    assert line == "fog                    90.0   80.0   70.0   60.0   50.0   70.0     91.5"
+    mean, images, missing = cifar10c.summary(results).splitlines()
+    assert mean == f"mean of 2 of 15 kinds{'':34}   75.0     90.6"
+    assert {len(mean), len(line)} == {len(cifar10c.HEAD)}
+    assert images == "200 images, official files; clean 95.0" and missing.startswith("frost needs")
+    full = {**results, "accuracies": {kind: 5 * [80] for kind in CORRUPTIONS}}
+    assert len(cifar10c.summary(full).splitlines()) == 2
 
 
 def test_published_means_are_those_of_their_kinds():
@@ -472,6 +457,7 @@ def test_published_means_are_those_of_their_kinds():
     for row in rows:
         if "accuracies" in row:
             assert list(row["accuracies"]) == list(CORRUPTIONS)
-            assert row["mean"] == pytest.approx(np.mean(list(row["accuracies"].values())), abs=0.01)
+            assert row["mean"] == pytest.approx(cifar10c.mean(row["accuracies"]), abs=0.01)
         assert row["source"].startswith("https://") and row["paper"].startswith("https://")
-    assert cifar10c.augmix()["glass_blur"] == 82.94
+    assert cifar10c.published()["glass_blur"] == 82.94
+    assert cifar10c.published("WRN-18-2, LRR")["glass_blur"] == 82.81

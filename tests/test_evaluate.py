@@ -7,6 +7,7 @@ import pytest
 import evaluate
 import tiny
 import utils
+from benchmarks import cifar10c
 from dataset import load_dataset
 from loader import make_loader
 from pretrained import WEIGHTS, load_metrics, save
@@ -41,16 +42,63 @@ def test_loss_accuracies_and_calibration_are_those_of_the_logits(monkeypatch):
     assert list(results["accuracy_by_class"].values()) == [pytest.approx(90)] * 10
     assert results["calibration_error"] == pytest.approx(0, abs=0.01)
     assert results["calibration_error_scaled"] > 10 and results["temperature"] == 2
-    assert results["sample_mistakes"] == [1, 2] and "accuracy_under_corruptions" not in results
+    assert results["sample_mistakes"] == [1, 2]
     text = evaluate.report(results, "title")
     assert text.startswith("title: 90.00 %, loss 0.") and text.count("90.0 %") == 10
 
 
+@pytest.fixture
+def measured(monkeypatch):
+    """The kinds that are measured, in a moment, and from where; at pixelate one can interrupt."""
+    kinds = []
+
+    def accuracies_of(model, kind, images, labels, root):
+        kinds.append((kind, root))
+        if kind == "pixelate" and kinds.count((kind, root)) == 1:
+            raise KeyboardInterrupt
+        return [50.0, 60.0, 70.0, 80.0, 90.0]
+
+    monkeypatch.setattr(cifar10c, "accuracies_of", accuracies_of)
+    for name in ("FROST_ROOT", "CIFAR10C_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    return kinds
+
+
 def test_the_command_shows_accuracy_by_class_and_under_corruptions_if_asked(saved, capsys):
-    evaluate.main([str(saved), *TINY, "--corruptions"])
+    evaluate.main([str(saved), *TINY])
     text = capsys.readouterr().out
     assert text.startswith("Tiny on a sample of CIFAR-10, 200 images: ") and "airplane" in text
-    assert "darkness" in text and "under corruptions" in text
+    assert "CIFAR-10-C" not in text
+
+
+def test_corruptions_are_measured_of_the_sample_and_not_saved(saved, measured, capsys, monkeypatch):
+    monkeypatch.setenv("CIFAR10C_ROOT", "files of CIFAR-10")
+    before = (saved / "Tiny.json").read_bytes()
+    assert exit_of(str(saved), *TINY, "--corruptions") == 130
+    evaluate.main([str(saved), *TINY, "--corruptions"])
+    text = capsys.readouterr().out
+    assert "mean of 14 of 15 kinds" in text and "\nsnow " in text and "200 images, made" in text
+    assert (saved / "Tiny.json").read_bytes() == before
+    assert {root for _, root in measured} == {None} and len(measured) == 13 + 14
+
+
+def test_corruptions_are_saved_kind_by_kind_and_an_interrupted_measurement_goes_on(
+    saved, measured, capsys, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "load_dataset", lambda *_: load_dataset("test", "tiny"))
+    command = [str(saved), *TINY[2:], "--corruptions", "--save"]
+    assert exit_of(*command) == 130
+    kinds = load_metrics("Tiny", saved)["cifar10c"]["accuracies"]
+    assert len(kinds) == 12 and list(kinds)[-1] == "elastic_transform"
+    evaluate.main(command)
+    metrics = load_metrics("Tiny", saved)
+    assert len(measured) == 13 + 2 and len(metrics["accuracy_by_class"]) == 10
+    assert metrics["cifar10c"]["accuracies"]["pixelate"] == [50, 60, 70, 80, 90]
+    assert capsys.readouterr().out.count("\ncontrast ") == 2
+    evaluate.main(command)
+    assert len(measured) == 15 and load_metrics("Tiny", saved) == metrics
+    monkeypatch.setenv("CIFAR10C_ROOT", "there")
+    assert "instead of official files: remove" in exit_of(*command)
 
 
 def test_results_are_saved_but_the_runs_own_figures_stay(saved, monkeypatch):

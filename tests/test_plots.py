@@ -18,7 +18,7 @@ from model import NetDilated
 from pretrained import load
 from recipe import Recipe
 from tiny import HISTORY, confident
-from utils import CORRUPTIONS, calibration_error
+from utils import calibration_error
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +26,8 @@ def test_set(root):
     return load_dataset("test", "sample", root=root)
 
 
-ACCURACIES = {
-    name: [90.0, 88.0, 80.0, 70.0, 60.0, 50.0 - number] for number, name in enumerate(CORRUPTIONS)
-}
+ACCURACIES = {"fog": 91.0, "glass_blur": 68.0, "snow": 88.0}
+RIVALS = {"the teacher": {"fog": 80.0, "snow": 70.0}, "AugMix": {"rain": 1.0, "glass_blur": 82.0}}
 CURVES = Recipe(epochs=4, sizes=(16, 32))
 PLOTS = {  # of the training set, the test set and the path
     "augmentations": lambda train, test, path: plots.plot_augmentations(train, path),
@@ -43,9 +42,11 @@ PLOTS = {  # of the training set, the test set and the path
     "reliability": lambda train, test, path: plots.plot_reliability(
         test, confident(test, 0.9, 600), path
     ),
-    "corruptions": lambda train, test, path: plots.plot_corruptions(ACCURACIES, path, test.title),
+    "corruptions": lambda train, test, path: plots.plot_corruptions(
+        ACCURACIES, RIVALS, path, ["glass_blur"], test.title
+    ),
     "corrupted images": lambda train, test, path: plots.plot_corrupted_images(
-        test, CORRUPTIONS, path
+        {f"glass_{number}": test.data[number] for number in range(9)}, 4, path, test.title
     ),
     "schedule": lambda train, test, path: plots.plot_schedule(CURVES, path),
     "receptive field": lambda train, test, path: plots.plot_receptive_field(
@@ -224,11 +225,33 @@ def test_the_reliability_diagram_shows_the_logits_as_they_are_and_at_a_temperatu
         plots.plot_reliability(test_set, confident(test_set, 0.9, 600), tmp_path / "none.png", 0)
 
 
-def test_the_corruptions_are_drawn_by_name(figures):
-    drawn = {
-        line.get_label(): list(line.get_ydata()) for line in figures["corruptions"][0].axes[0].lines
-    }
-    assert drawn == ACCURACIES
+def test_the_corruptions_are_bars_the_best_on_top_and_pale_where_they_are_near_training(figures):
+    axis = figures["corruptions"][0].axes[0]
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    assert labels == ["glass blur  68.0", "snow  88.0", "fog  91.0"]
+    unlike, near = axis.containers
+    middles = [bar.get_y() + bar.get_height() / 2 for bar in (*near, *unlike)]
+    assert middles == pytest.approx([0, 1, 2])
+    assert [bar.get_width() for bar in (*near, *unlike)] == [68, 88, 91]
+    assert near[0].get_alpha() < unlike[0].get_alpha()
+    points = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+    assert points == {"the teacher": [[70, 1], [80, 2]], "AugMix": [[82, 0]]}
+
+
+def test_without_kinds_near_training_all_bars_are_alike(tmp_path):
+    axis = plots.plot_corruptions(ACCURACIES, RIVALS, tmp_path / "corruptions.png").axes[0]
+    (bars,) = axis.containers
+    assert len(bars) == 3
+
+
+def test_the_versions_of_an_image_are_drawn_by_name(figures, test_set):
+    axes = figures["corrupted images"][0].axes
+    assert [axis.get_title() for axis in axes] == [f"glass {number}" for number in range(9)] + 7 * [
+        ""
+    ]
+    for number, axis in enumerate(axes[:9]):
+        assert (axis.images[0].get_array() == test_set.data[number]).all()
+    assert "of severity 4" in figures["corrupted images"][0].get_suptitle()
 
 
 def test_the_figure_of_the_receptive_field_outlines_what_the_gradients_reach(figures):

@@ -170,10 +170,27 @@ def test_an_unknown_table_and_a_run_without_corruptions_are_named(monkeypatch):
         ValueError, match="^name of a table is 'resluts': choose one of headline, corruptions, "
     ):
         tables.updated("<!-- resluts -->\n<!-- end -->")
-    run = {k: value for k, value in tables.runs()[0].items() if k != "accuracy_under_corruptions"}
+    run = {key: value for key, value in tables.runs()[0].items() if key != "cifar10c"}
     monkeypatch.setattr(tables, "runs", lambda: [run])
-    with pytest.raises(ValueError, match="has no accuracy_under_corruptions: `python evaluate.py"):
+    with pytest.raises(ValueError, match="has no cifar10c: `python evaluate.py weights --corr"):
         tables.corruptions()
+
+
+def test_corruptions_are_compared_over_the_kinds_that_both_networks_have(monkeypatch):
+    ours = {"fog": 5 * [91.0], "contrast": [80.0, 85.0, 90.0, 95.0, 100.0], "snow": 5 * [85.0]}
+    teacher = {"contrast": 5 * [60.0], "fog": 5 * [70.0]}
+    monkeypatch.setattr(tables, "runs", lambda: [{"cifar10c": {"accuracies": ours}}])
+    metrics = {"cifar10c": {"accuracies": teacher}}
+    monkeypatch.setattr(tables, "load_metrics", lambda *_: metrics)
+    first, second = tables.corruptions().splitlines()
+    assert "2 of the 15 kinds" in first and "seed 0 has 90.5 %, and 91.0 % under the 1" in first
+    assert (
+        "has 90.9 % as published, the teacher (on none) 65.0 %." in second
+    )  # AugMix: 91.54, 90.32
+    assert max(len(first), len(second)) <= 120
+    rows = tables.cifar10c().splitlines()[2:]
+    assert rows[0].startswith("| fog | 91.0 | 70.0 | 88.8 | 91.5 | 94.1 |")
+    assert rows[1].startswith("| contrast* | 90.0 | 60.0 |") and len(rows) == 4
 
 
 def test_the_chart_of_ablations_shows_every_loss_that_can_be_compared(tmp_path):
