@@ -99,12 +99,11 @@ def corruptions() -> str:
     ours, teacher = measured_corruptions()
     unlike = [kind for kind in ours if kind not in NEAR_TRAINING]
     return (
-        f"Under {len(ours)} of the {len(CORRUPTIONS)} kinds of "
-        f"[CIFAR-10-C](https://arxiv.org/abs/1903.12261), seed 0 has {mean(ours):.1f} %, and "
+        f"Under {len(ours)} of [CIFAR-10-C](https://arxiv.org/abs/1903.12261)'s "
+        f"{len(CORRUPTIONS)} kinds, seed 0 has {mean(ours):.1f} % test accuracy, "
         f"{mean(ours, unlike):.1f} % under the {len(unlike)}\n"
-        f"unlike those in training; AugMix (WRN-40-2, trained on none) has "
-        f"{mean(published(), ours):.1f} % as published, the teacher (on none) "
-        f"{mean(teacher, ours):.1f} %."
+        "unlike those in training. Published: AugMix (WRN-40-2, trained on none) "
+        f"{mean(published(), ours):.1f} %. The teacher, trained on none: {mean(teacher):.1f} %."
     )
 
 

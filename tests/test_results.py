@@ -183,10 +183,10 @@ def test_corruptions_are_compared_over_the_kinds_that_both_networks_have(monkeyp
     metrics = {"cifar10c": {"accuracies": teacher}}
     monkeypatch.setattr(tables, "load_metrics", lambda *_: metrics)
     first, second = tables.corruptions().splitlines()
-    assert "2 of the 15 kinds" in first and "seed 0 has 90.5 %, and 91.0 % under the 1" in first
-    assert (
-        "has 90.9 % as published, the teacher (on none) 65.0 %." in second
-    )  # AugMix: 91.54, 90.32
+    assert first.startswith("Under 2 of [CIFAR-10-C](https://arxiv.org/abs/1903.12261)'s 15 kinds")
+    assert first.endswith("seed 0 has 90.5 % test accuracy, 91.0 % under the 1")
+    assert "AugMix (WRN-40-2, trained on none) 90.9 %." in second  # of 91.54 and 90.32
+    assert second.endswith("The teacher, trained on none: 65.0 %.")
     assert max(len(first), len(second)) <= 120
     rows = tables.cifar10c().splitlines()[2:]
     assert rows[0].startswith("| fog | 91.0 | 70.0 | 88.8 | 91.5 | 94.1 |")
