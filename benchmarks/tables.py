@@ -100,7 +100,7 @@ def corruptions() -> str:
     unlike = [kind for kind in ours if kind not in NEAR_TRAINING]
     return (
         f"Under {len(ours)} of [CIFAR-10-C](https://arxiv.org/abs/1903.12261)'s "
-        f"{len(CORRUPTIONS)} kinds, seed 0 has {mean(ours):.1f} % test accuracy, "
+        f"{len(CORRUPTIONS)} kinds, seed 0 has {mean(ours):.1f} % accuracy, "
         f"{mean(ours, unlike):.1f} % under the {len(unlike)}\n"
         "unlike those in training. Published: AugMix (WRN-40-2, trained on none) "
         f"{mean(published(), ours):.1f} %. The teacher, trained on none: {mean(teacher):.1f} %."
