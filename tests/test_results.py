@@ -10,8 +10,9 @@ import torchvision
 from matplotlib.colors import to_rgba
 
 import utils
-from benchmarks import charts, tables
+from benchmarks import ablation_tables, charts, tables
 from benchmarks.ablations import RECIPES
+from benchmarks.verdicts import ablations
 from dataset import MEAN, STD, data_folder, load_dataset
 from device import pick_device, to_device
 from loader import make_loader
@@ -82,7 +83,7 @@ def test_the_headline_runs_have_the_default_recipe():
 
 def test_the_ablations_have_the_recipes_of_the_command():
     there = {
-        table: {name: Recipe(**row["recipe"]) for name, row in tables.ablations()[table].items()}
+        table: {name: Recipe(**row["recipe"]) for name, row in ablations()[table].items()}
         for table in RECIPES
     }
     assert there == RECIPES
@@ -140,12 +141,12 @@ def test_missing_losses_leave_gaps_in_the_tables(monkeypatch):
         "NetDilated, seed 1": {"validation_loss": 0.3, "validation_accuracy": 91},
         "old": {"validation_accuracy": 90},
     }
-    monkeypatch.setattr(tables, "ablations", lambda: {"10 epochs": rows})
-    monkeypatch.setattr(tables, "COMPARED", {("10 epochs", "NetDilated"): ["10 epochs"]})
-    base, old = tables.judged().splitlines()[2:]
+    monkeypatch.setattr(ablation_tables, "ablations", lambda: {"10 epochs": rows})
+    monkeypatch.setattr(ablation_tables, "COMPARED", {("10 epochs", "NetDilated"): ["10 epochs"]})
+    base, old = ablation_tables.judged().splitlines()[2:]
     assert base == "| **NetDilated** | 10 | 2 | 0.2500 |  | base | 91.50 |  |"
     assert old == "| old | 10 | 1 |  | not comparable |  | 90.00 | -1.50 ± 11.00 |"
-    runs = tables.all_ablations().splitlines()
+    runs = ablation_tables.all_ablations().splitlines()
     assert runs[2] == "| variant | validation accuracy, % | validation loss |"
     assert runs[-1] == "| old | 90.00 |  |"
 
@@ -199,7 +200,7 @@ def test_the_chart_of_ablations_shows_every_loss_that_can_be_compared(tmp_path):
     rows = {
         re.sub(r", seed \d+$", "", name)
         for table in ("10 epochs", "10 epochs, other code")
-        for name, row in tables.ablations()[table].items()
+        for name, row in ablations()[table].items()
         if "validation_loss" in row
     }
     names = {re.sub(r" \(\d+ seeds\)$", "", label) for label in labels}

@@ -6,8 +6,6 @@ import io
 from dataclasses import replace
 from types import SimpleNamespace
 
-import albumentations as A
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
