@@ -7,7 +7,6 @@ import sys
 from torch import nn
 
 import utils
-from benchmarks import cifar10c
 from dataset import CIFAR10, DATASETS, load_dataset
 from device import keep_freed_memory, pick_device, to_device
 from loader import make_loader
@@ -48,6 +47,8 @@ def measure_corruptions(
     With a folder, the metrics there get each kind as soon as it is measured, and what they have
     already is only shown. `root` is the folder of the official files, if they are there.
     """
+    from benchmarks import cifar10c  # nothing else here needs the benchmarks
+
     known = metrics.get("cifar10c") if folder else None
     print(cifar10c.HEAD)
     for kind, results in cifar10c.measure(model, dataset, known, root):
