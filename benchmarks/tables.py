@@ -1,4 +1,4 @@
-"""The tables of the README and of benchmarks/, from the committed files: `make tables`.
+"""The tables of the README, of benchmarks/ and of export/, from the committed files: `make tables`.
 
 A table stands between `<!-- NAME -->` and `<!-- end -->` in a Markdown file, where NAME is one of
 `TABLES`.
@@ -87,7 +87,7 @@ def corruptions() -> str:
     ours, teacher = measured_corruptions()
     unlike = [kind for kind in ours if kind not in NEAR_TRAINING]
     return (
-        f"Under {len(ours)} of [CIFAR-10-C](https://arxiv.org/abs/1903.12261)'s "
+        f"Under {len(ours)} of [CIFAR-10-C](benchmarks/README.md#cifar-10-c)'s "
         f"{len(CORRUPTIONS)} kinds, seed 0 has {mean(ours):.1f} % accuracy, "
         f"{mean(ours, unlike):.1f} % under the {len(unlike)}\n"
         "unlike those in training. Published: AugMix (WRN-40-2, trained on none) "

@@ -17,6 +17,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
+from export.graph import IR_VERSION, OPSET
 from export.runtime import open_model
 
 
@@ -76,8 +77,8 @@ def saturates() -> bool:
     a, b, total = (helper.make_tensor_value_info(name, type, [64, 64]) for name, type in names)
     product = helper.make_node("MatMulInteger", ["a", "b"], ["sum"])
     graph = helper.make_graph([product], "probe", [a, b], [total])
-    opset = helper.make_opsetid("", 13)
-    model = helper.make_model(graph, opset_imports=[opset], ir_version=7)
+    opset = helper.make_opsetid("", OPSET)
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION)
     largest = {"a": np.full((64, 64), 255, np.uint8), "b": np.full((64, 64), 127, np.int8)}
     sums = open_model(model.SerializeToString()).run(None, largest)[0]
     return bool((sums != 64 * 255 * 127).any())

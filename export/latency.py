@@ -1,7 +1,7 @@
 """How fast PyTorch and the ONNX files are here: `python -m export.latency` writes latency.json.
 
-Each is measured in processes of its own: ONNX Runtime is several times slower in one that has run
-torch. So this file imports torch only where it is measured.
+Each is measured in processes of its own, so that the threads of one don't disturb the other. So
+this file imports torch only where it is measured.
 """
 
 import argparse

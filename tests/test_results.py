@@ -184,7 +184,7 @@ def test_corruptions_are_compared_over_the_kinds_that_both_networks_have(monkeyp
     metrics = {"cifar10c": {"accuracies": teacher}}
     monkeypatch.setattr(tables, "load_metrics", lambda *_: metrics)
     first, second = tables.corruptions().splitlines()
-    assert first.startswith("Under 2 of [CIFAR-10-C](https://arxiv.org/abs/1903.12261)'s 15 kinds")
+    assert first.startswith("Under 2 of [CIFAR-10-C](benchmarks/README.md#cifar-10-c)'s 15 kinds")
     assert first.endswith("seed 0 has 90.5 % accuracy, 91.0 % under the 1")
     assert "AugMix (WRN-40-2, trained on none) 90.9 %." in second  # of 91.54 and 90.32
     assert second.endswith("The teacher, trained on none: 65.0 %.")
