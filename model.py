@@ -273,7 +273,7 @@ class NetDilated(Network):
         )
 
 
-# ---------------------------------------------------------------- depthwise convolutions in bf16
+# ---------------------------------------------------------------- fast depthwise convolutions
 
 
 def depthwise_conv2d(
@@ -281,17 +281,17 @@ def depthwise_conv2d(
 ) -> torch.Tensor:
     """Return the depthwise convolution of (N, C, H, W) with (C, 1, k, k).
 
-    The padding is (k - 1) // 2 times the dilation. In bf16 on a CPU, only stride 1 with dilation 1
-    has a fast backward pass. A kernel with dilation 2 works on every other pixel, so it is applied
-    without dilation to four smaller images. Other cases run in fp32, which is several times as
-    fast. Without gradients, bf16 is the faster one.
+    The padding is (k - 1) // 2 times the dilation. On a CPU, dilation has a slow backward pass. A
+    kernel with dilation 2 works on every other pixel, so it is applied without dilation to four
+    smaller images. In bf16, strides are slow, too: they run in fp32, which is several times as
+    fast. Without gradients, none of this is needed.
     """
-    on_cpu_in_bf16 = x.dtype == torch.bfloat16 and x.device.type == "cpu"
-    if on_cpu_in_bf16 and torch.is_grad_enabled() and (stride, dilation) != (1, 1):
+    if x.device.type == "cpu" and torch.is_grad_enabled() and (stride, dilation) != (1, 1):
         if stride == 1 and x.shape[2] % dilation == x.shape[3] % dilation == 0:
             return batch_to_space(depthwise_conv2d(space_to_batch(x, dilation), weight), dilation)
-        with torch.autocast("cpu", enabled=False):
-            return depthwise_conv2d(x.float(), weight.float(), stride, dilation).bfloat16()
+        if x.dtype == torch.bfloat16:
+            with torch.autocast("cpu", enabled=False):
+                return depthwise_conv2d(x.float(), weight.float(), stride, dilation).bfloat16()
     padding = (weight.shape[2] - 1) // 2 * dilation
     return F.conv2d(x, weight, None, stride, padding, dilation, groups=x.shape[1])
 
@@ -299,8 +299,8 @@ def depthwise_conv2d(
 def space_to_batch(x: torch.Tensor, size: int) -> torch.Tensor:
     """Return every size-th row and column of (N, C, H, W) images as images.
 
-    The result is (size**2 * N, C, H / size, W / size). Both are in channels_last memory, where this
-    is several times as fast as `F.pixel_unshuffle`.
+    The result is (size**2 * N, C, H / size, W / size), in channels_last memory. Where x is, too,
+    this is several times as fast as `F.pixel_unshuffle`.
     """
     x = x.permute(0, 2, 3, 1).unflatten(2, (-1, size)).unflatten(1, (-1, size))
     return x.permute(2, 4, 0, 1, 3, 5).flatten(0, 2).permute(0, 3, 1, 2)
