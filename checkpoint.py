@@ -125,7 +125,7 @@ class Checkpoint:
 
     def _restore(self):
         state, found = _read(self.path, self._files())
-        differences = _differences(state["run"], self.run)
+        differences = _differences({**Recipe().to_json(), **state["run"]}, self.run)
         if differences and not state["epoch"]:  # nothing is lost
             return self._start()
         if differences and self.restart:
@@ -233,15 +233,11 @@ def _differences(there, here):
 
 
 def _difference(name, there, here):
-    """Say how a setting differs; of lists of lines, as of layers, where they begin to."""
-    if _is_lines(there) and _is_lines(here):
+    """Say how a setting differs; of lists of lines, where they begin to."""
+    if name in ("layers", "augmentations"):
         pairs = itertools.zip_longest(there, here, fillvalue="nothing")
         there, here = next((old, new) for old, new in pairs if old != new)
     return f"{name}: {there} there, {here} here"
-
-
-def _is_lines(value):
-    return isinstance(value, list) and all(isinstance(line, str) for line in value)
 
 
 # ---------------------------------------------------------------- random states

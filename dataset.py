@@ -1,6 +1,5 @@
-"""CIFAR-10 with albumentations, and a small sample of it for machines without CIFAR-10."""
+"""CIFAR-10 with augmentations and corruptions, and a sample of it for machines without CIFAR-10."""
 
-import functools
 import hashlib
 import os
 import pickle
@@ -10,24 +9,28 @@ import shlex
 import shutil
 import tempfile
 import warnings
+from collections.abc import Sequence
+from functools import cache, partial
 from importlib.metadata import distributions
 from multiprocessing.context import get_spawning_popen
-from multiprocessing.util import get_temp_dir
 from pathlib import Path
 
 # Importing a module should not ask the network for news. So albumentations is imported here only.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A
+import cv2
 import numpy as np
 import torch
 import torchvision
 from PIL import Image
 from torchvision.datasets.utils import check_integrity, extract_archive
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from checks import one_of, require, whole
 from device import memory_format
-from loader import entropy
+from loader import entropy, write_for_workers
 
 HERE = Path(__file__).parent
 # Others would ignore the colour of the hole, or have no ShiftScaleRotate; from 2.0.9 on, it is
@@ -64,7 +67,7 @@ def train_transform(p: float = 0.5) -> A.Compose:
                     scale_limit=0.1,
                     rotate_limit=15,
                     p=p,
-                    border_mode=4,  # cv2.BORDER_REFLECT_101
+                    border_mode=cv2.BORDER_REFLECT_101,
                 ),
                 A.CoarseDropout(
                     num_holes_range=(1, 1),
@@ -110,17 +113,109 @@ def normalise(images: np.ndarray | torch.Tensor) -> torch.Tensor:
         images.dtype == torch.uint8,
     )
     # Whole rows of pixels at once are three times as fast as pixels of three channels.
-    mean, std = (255 * each.repeat(images.shape[2]) for each in mean_and_std(images.device))
-    rows = images.flatten(2).to(torch.float32, copy=True)
-    rows.sub_(mean).div_(std)
+    width = images.shape[2]
+    mean, std = (255 * each.flatten().repeat(width) for each in mean_and_std(images.device))
+    rows = images.flatten(2).to(torch.float32, copy=True).sub_(mean).div_(std)
     normalised = rows.view(images.shape).permute(0, 3, 1, 2)  # a view, in channels_last
     return normalised.contiguous(memory_format=memory_format(images.device))
 
 
-@functools.cache
+@cache
 def mean_and_std(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return mean and standard deviation by channel, (3,) each; cached per device."""
-    return torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
+    """Return mean and standard deviation by channel, (3, 1, 1) each; cached per device."""
+    return tuple(torch.tensor(each, device=device).view(3, 1, 1) for each in (MEAN, STD))
+
+
+def corrupt(images: torch.Tensor, probability: float, types: Sequence[str]) -> torch.Tensor:
+    """Return normalised (N, 3, H, W) images, some of them corrupted.
+
+    Each image is corrupted with `probability`, by one of the types, names of `TRAIN_CORRUPTIONS`.
+    From "glass_blur" on, that happens on the CPU, image by image.
+    """
+    if not probability:
+        return images
+    # drawn on the CPU, which need not wait for a GPU
+    hit, drawn = torch.rand(len(images)) < probability, torch.randint(len(types), (len(images),))
+    images = images.clone()
+    for number, name in enumerate(types):
+        chosen = torch.where(hit & (drawn == number))[0]
+        if len(chosen):
+            chosen = chosen.to(images.device, non_blocking=True)
+            images[chosen] = TRAIN_CORRUPTIONS[name](images[chosen])
+    return images
+
+
+def _gaussian_noise(images):
+    """Add Gaussian noise of a deviation up to 0.1 of the range of pixels, mostly weak."""
+    _, std = mean_and_std(images.device)
+    return images + 0.1 * _random_strength(images) ** 2 / std * torch.randn_like(images)
+
+
+def _gaussian_blur(images):
+    """Mix with the Gaussian blur of 1.2 pixels."""
+    return torch.lerp(images, gaussian_blur(images, 9, 1.2), _random_strength(images))
+
+
+def _low_contrast(images):
+    """Mix with one random grey from black to white, at most 80 % of it."""
+    return torch.lerp(images, _pixels(_random_strength(images)), 0.8 * _random_strength(images))
+
+
+def _impulse_noise(images):
+    """Make up to 8 % of the values 0 or 1: salt and pepper."""
+    hit = torch.rand_like(images) < 0.08 * _random_strength(images)
+    return torch.where(hit, _pixels(torch.rand_like(images).round()), images)
+
+
+def _augmix(images):
+    """Apply AugMix, https://arxiv.org/abs/1912.02781, with the same operations to four images."""
+    mix = v2.AugMix(all_ops=False)
+    return _as_uint8(images, lambda pixels: torch.cat([mix(four) for four in pixels.split(4)]))
+
+
+def _apply(transform, images):
+    """Apply a transform of albumentations to each image, seeded by PyTorch."""
+    transform.set_random_seed(torch.randint(2**31, ()).item())
+
+    def each(image):
+        array = transform(image=image.permute(1, 2, 0).numpy())["image"]
+        return torch.from_numpy(array).permute(2, 0, 1)
+
+    return _as_uint8(images, lambda pixels: torch.stack([each(one) for one in pixels]))
+
+
+def _as_uint8(images, change):
+    """Apply a function of uint8 (N, 3, H, W) images on the CPU to normalised ones."""
+    mean, std = mean_and_std(images.device)
+    pixels = (255 * (images * std + mean)).round().clamp(0, 255).to("cpu", torch.uint8)
+    return normalise(change(pixels).permute(0, 2, 3, 1).to(images.device))
+
+
+def _random_strength(images):
+    """Return a random number from 0 to 1 for each image, (N, 1, 1, 1)."""
+    return torch.rand(len(images), 1, 1, 1, device=images.device)
+
+
+def _pixels(values):
+    """Return (N, 1 or 3, H, W) values from 0 to 1, normalised."""
+    mean, std = mean_and_std(values.device)
+    return (values - mean) / std
+
+
+BOXES = {"downscale": cv2.INTER_AREA, "upscale": cv2.INTER_NEAREST}
+GLASS = [A.GlassBlur(sigma=0.3, max_delta=1, iterations=each) for each in (1, 2)]
+TRAIN_CORRUPTIONS = {  # name -> function of normalised (N, 3, H, W) images
+    "gaussian_noise": _gaussian_noise,
+    "gaussian_blur": _gaussian_blur,
+    "low_contrast": _low_contrast,
+    "impulse_noise": _impulse_noise,
+    "glass_blur": partial(_apply, A.OneOf(GLASS, p=1)),
+    "pixelate": partial(
+        _apply, A.Downscale(scale_range=(0.6, 0.95), interpolation_pair=BOXES, p=1)
+    ),
+    "jpeg": partial(_apply, A.ImageCompression(quality_range=(35, 85), p=1)),
+    "augmix": _augmix,
+}
 
 
 class CIFAR10(torchvision.datasets.CIFAR10):
@@ -202,14 +297,12 @@ class CIFAR10(torchvision.datasets.CIFAR10):
 
         In their place it gets the path of a file, which that process maps into its memory. So the
         workers of a loader share the images also where they are not forked: on macOS, on Windows,
-        and everywhere from Python 3.14 on. The file lies in the temporary folder of
-        `multiprocessing`, which this process removes when it ends; if it is killed, it is left to
-        whoever cleans the system's temporary folder. Any other pickle or copy has the images.
+        and everywhere from Python 3.14 on. Any other pickle or copy has the images.
         """
         state = self.__dict__.copy()
         if get_spawning_popen():
             self.data = np.ascontiguousarray(self.data)  # once, not for each worker
-            state["data"] = _write_for_others(self.data)
+            state["data"] = write_for_workers(self.data)
         return state
 
     def __setstate__(self, state):
@@ -300,14 +393,12 @@ def load_dataset(
     Args:
         split: "train" (without the last `validation_size` training images), "validation" (those),
             or "test".
-        data: "CIFAR-10", "sample" for the 3,000 images of it that come with the repository, or
-            "tiny" for 400 of those.
+        data: "CIFAR-10", "sample" for 3,000 images of it, or "tiny" for 400 of those.
         validation_size: how many training images are held out.
         transform: an albumentations transform; `train_transform()` for "train" and
             `test_transform()` otherwise if None.
         seed: of the augmentations.
-        root: the folder of the data. If None, `data_folder()` for CIFAR-10, and `sample` of the
-            repository for the other two.
+        root: the folder of the data; by default `data_folder()`, or `sample` of the repository.
 
     Raises:
         ValueError: an argument is not one of those allowed.
@@ -339,16 +430,6 @@ def load_dataset(
     part = slice(split_index) if split == "train" else slice(split_index, None)
     dataset.data, dataset.targets = dataset.data[part], dataset.targets[part]
     return dataset
-
-
-def _write_for_others(images):
-    """Write images to a file that other processes map, unless it is there; return its path."""
-    path = Path(get_temp_dir(), f"{hashlib.sha256(images).hexdigest()}.npy")
-    if not path.exists():
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            np.save(file, images)
-        os.replace(file.name, path)  # whole or not at all, whatever other threads do
-    return path
 
 
 def _readable(path, md5):

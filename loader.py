@@ -1,14 +1,18 @@
 """Loaders whose batches don't depend on the number of workers, which end with their run."""
 
 import copy
+import hashlib
 import itertools
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import zlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from multiprocessing.util import get_temp_dir
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -175,6 +179,20 @@ class _InOrder(SequentialSampler):
         start = self.epoch * len(self)
         self.epoch += 1
         return iter(range(start, start + len(self)))
+
+
+def write_for_workers(images: np.ndarray) -> Path:
+    """Write images to a file that other processes map, unless it is there; return its path.
+
+    The file lies in the temporary folder of `multiprocessing`, which this process removes when it
+    ends; if it is killed, it is left to whoever cleans the system's temporary folder.
+    """
+    path = Path(get_temp_dir(), f"{hashlib.sha256(images).hexdigest()}.npy")
+    if not path.exists():
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            np.save(file, images)
+        os.replace(file.name, path)  # whole or not at all, whatever other threads do
+    return path
 
 
 def refuse_while_importing() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import copy
 import hashlib
 import sys
 import time
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 import utils
 from checkpoint import Checkpoint
+from checks import require
 from dataset import A, load_dataset, train_transform
 from device import hardware, keep_freed_memory, make_scaler, pick_device, to_device
 from loader import make_loader, refuse_while_importing
@@ -31,7 +33,7 @@ def run(
     transform: A.Compose | None = None,
     restart: bool = False,
 ) -> tuple[nn.Module, dict]:
-    """Train a network from scratch, save it in the folder of the recipe, and return both.
+    """Train a network, save it in the folder of the recipe, and return both.
 
     A run whose checkpoint is there goes on, or is loaded if it was finished. With a
     `validation_size`, the metrics have the temperature that fits the validation images best.
@@ -86,9 +88,13 @@ def fit(
 ) -> dict[str, list[float]]:
     """Train the model as the loop of the notebook does, and return the history: see `utils.Log`.
 
+    With a `wise_ft_alpha`, the model begins with the teacher's weights. The interpolated ones are
+    evaluated after each epoch, and left in the model at the end.
+
     Raises:
         ValueError: the checkpoint in the folder is damaged or of another run, the loader's order
-            can't be restored, or the run has fewer than three steps.
+            can't be restored, the run has fewer than three steps, or the teacher, whose weights
+            shall be fine-tuned, is another network.
         RuntimeError: another process trains in this folder, or the GPU's memory is too small, or a
             worker imports a script that trains.
         FloatingPointError: the loss is no longer finite.
@@ -99,6 +105,14 @@ def fit(
     optimizer, scaler = make_optimizer(model, recipe), make_scaler(device)
     scheduler = make_scheduler(optimizer, recipe, len(train_loader))
     network = inner_network(model)  # the one that is saved
+    if recipe.wise_ft_alpha is not None:
+        init_from_teacher(network, teacher)
+
+    def evaluated():
+        if recipe.wise_ft_alpha is None:
+            return model
+        return interpolate_weights(teacher, network, recipe.wise_ft_alpha)
+
     path = Path(recipe.folder, f"{type(network).__name__}.ckpt")
     log = utils.Log(path.with_suffix(".csv"), recipe)
     parts = {
@@ -127,10 +141,35 @@ def fit(
                 scaler,
                 teacher,
             )
-            test_metrics = utils.test(model, test_loader)
+            test_metrics = utils.test(evaluated(), test_loader)
             log.add(*train_metrics, *test_metrics, time.perf_counter() - start)
             checkpoint.save()
+    network.load_state_dict(evaluated().state_dict())
     return log.history
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+def init_from_teacher(model: nn.Module, teacher: nn.Module) -> None:
+    """Give the model the teacher's weights. A ValueError says that it is another network."""
+    name, known = type(model).__name__, type(teacher).__name__
+    require("network", name, f"{known}, the teacher's, whose weights are fine-tuned", name == known)
+    model.load_state_dict(teacher.state_dict())
+
+
+def interpolate_weights(start: nn.Module, end: nn.Module, alpha: float) -> nn.Module:
+    """Return a network between two: alpha 0 is the start, 1 the end. So are running statistics.
+
+    A network that was fine-tuned on corrupted images is then more accurate on clean ones, and
+    nearly as robust. Wortsman et al., Robust fine-tuning of zero-shot models (WiSE-FT),
+    https://arxiv.org/abs/2109.01903.
+    """
+    result = copy.deepcopy(start)
+    values = (each.state_dict().values() for each in (result, start, end))
+    for value, first, last in zip(*values, strict=True):
+        value.copy_(first + alpha * (last - first))
+    return result
 
 
 # ---------------------------------------------------------------- the teacher
@@ -272,6 +311,7 @@ def _parser():
     for name, meaning in (
         ("quick", "two epochs, more than 85 %%"),
         ("medium", "30 epochs without a teacher, more than 94 %%"),
+        ("robust", "fine-tunes the committed weights on corrupted images"),
     ):
         parser.add_argument(
             f"--{name}",
@@ -300,12 +340,12 @@ def _parser():
 def parse(text: str, several: bool = False) -> object:
     """Return the value of an argument: a number, None, a list such as 16,24,32, or the text itself.
 
-    With `several`, a single number is a list of one.
+    With `several`, it is a list, of numbers or of words: a single one is a list of one.
     """
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text
+        return tuple(text.split(",")) if several else text
     return (value,) if several and not isinstance(value, (tuple, list)) else value
 
 

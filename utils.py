@@ -16,10 +16,10 @@ from torchmetrics.functional.classification import (
     multiclass_accuracy,
     multiclass_calibration_error,
 )
-from torchvision.transforms.v2.functional import gaussian_blur, resize
+from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from dataset import CIFAR10, load_dataset, mean_and_std, normalise
+from dataset import CIFAR10, corrupt, load_dataset, normalise
 from device import autocast, hardware, versions
 from loader import make_loader
 from plots import (  # noqa: F401
@@ -75,7 +75,7 @@ def train(
         images = normalise(images)
         with _full_memory_explained(device, len(labels)):
             # progressive resizing: the network sees smaller images in early epochs
-            seen = resize(corrupt(images, recipe.corruption), size)
+            seen = resize(corrupt(images, recipe.corruption, recipe.corruption_types), size)
             with autocast(device):
                 logits = model(seen)
             loss = objective = F.cross_entropy(logits.float(), labels)
@@ -116,29 +116,6 @@ def _full_memory_explained(device, batch_size):
             f"the memory of {hardware(device)} is too small for batch_size {batch_size}: "
             f"try {max(2, batch_size // 2)}"
         ) from error
-
-
-def corrupt(images: torch.Tensor, probability: float) -> torch.Tensor:
-    """Return normalised (N, 3, H, W) images, some of them with noise, blur or low contrast.
-
-    Each image gets one of the three with `probability`, with a random strength from 0 to 1.
-    Gaussian noise has a standard deviation of 0.1 times the strength squared, as a share of the
-    range of pixels, so it is mostly weak. Blur is between the image (strength 0) and its Gaussian
-    blur of 1.2 pixels (1). Low contrast is a mix of the image with one random grey from black to
-    white, at most 80 % of it. Values are not clipped.
-    """
-    if not probability:
-        return images
-    shape = len(images), 1, 1, 1
-    draw, strength, brightness = torch.rand(3, *shape, device=images.device)
-    kind = torch.randint(3, shape, device=images.device)
-    mean, std = (each.view(3, 1, 1) for each in mean_and_std(images.device))
-    noise = images + 0.1 * strength**2 / std * torch.randn_like(images)
-    blur = torch.lerp(images, gaussian_blur(images, 9, 1.2), strength)
-    low_contrast = torch.lerp(images, (brightness - mean) / std, 0.8 * strength)
-    for number, corrupted in enumerate((noise, blur, low_contrast)):
-        images = torch.where((draw < probability) & (kind == number), corrupted, images)
-    return images
 
 
 def distillation_loss(

@@ -19,6 +19,7 @@ from PIL import Image
 from scipy import ndimage
 
 from checks import require, whole
+from recipe import Recipe
 
 BLOCK = 100  # images that share a generator of random numbers
 FROST = ("frost1.png", "frost2.png", "frost3.png", "frost4.jpg", "frost5.jpg")
@@ -343,8 +344,26 @@ BLUR = (defocus_blur, glass_blur, motion_blur, zoom_blur)
 WEATHER = (snow, frost, fog, brightness)
 DIGITAL = (contrast, elastic_transform, pixelate, jpeg_compression)
 CORRUPTIONS = {each.__name__: each for each in NOISE + BLUR + WEATHER + DIGITAL}
-# as the noise, the blur and the low contrast in training (`utils.corrupt`), or near them
-NEAR_TRAINING = [each.__name__ for each in (gaussian_noise, shot_noise, *BLUR, contrast)]
+SIMILAR = {  # name in `dataset.TRAIN_CORRUPTIONS` -> those here that are similar
+    "gaussian_noise": (gaussian_noise, shot_noise),
+    "gaussian_blur": BLUR,
+    "low_contrast": (contrast,),
+    "impulse_noise": (impulse_noise,),
+    "glass_blur": (glass_blur,),
+    "pixelate": (pixelate,),
+    "jpeg": (jpeg_compression,),
+    "augmix": (),
+}
+
+
+def similar_to_training(recipe: Recipe) -> list[str]:
+    """Return the names of `CORRUPTIONS` that are similar to those of a training run.
+
+    What the weights saw that a run fine-tunes is not known here.
+    """
+    types = recipe.corruption_types if recipe.corruption else ()
+    similar = {each.__name__ for name in types for each in SIMILAR[name]}
+    return [name for name in CORRUPTIONS if name in similar]
 
 
 def kinds_to_make() -> list[str]:

@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.ablation_tables import all_ablations, deviations, ideas, judged
-from benchmarks.cifar10c import mean, published
-from benchmarks.corruptions import CORRUPTIONS, NEAR_TRAINING
+from benchmarks.corruption_tables import cifar10c, corruptions
 from benchmarks.exported import exported, quantised, runtimes
 from checker.rows import HOLDS, OPTIONAL
 from checker.rules import check_rules
@@ -80,59 +79,6 @@ def headline() -> str:
         f"**{mean_and_deviation()} % test accuracy** ({seeds}) with "
         f"**{runs()[0]['parameters']:,} parameters**, {kept}."
     )
-
-
-def corruptions() -> str:
-    """The accuracy under the corruptions of CIFAR-10-C in a sentence."""
-    ours, teacher = measured_corruptions()
-    unlike = [kind for kind in ours if kind not in NEAR_TRAINING]
-    return (
-        f"Under {len(ours)} of [CIFAR-10-C](benchmarks/README.md#cifar-10-c)'s "
-        f"{len(CORRUPTIONS)} kinds, seed 0 has {mean(ours):.1f} % accuracy, "
-        f"{mean(ours, unlike):.1f} % under the {len(unlike)}\n"
-        "unlike those in training. Published: AugMix (WRN-40-2, trained on none) "
-        f"{mean(published(), ours):.1f} %. The teacher, trained on none: {mean(teacher):.1f} %."
-    )
-
-
-def measured_corruptions() -> tuple[dict, dict]:
-    """Return the accuracies of seed 0 and of the teacher by kind of corruption.
-
-    They have the same kinds, in the order of `CORRUPTIONS`.
-
-    Raises:
-        ValueError: they are not measured.
-    """
-    folders = {"weights": runs()[0], "weights/teacher": load_metrics("NetDilated", TEACHER)}
-    for folder, metrics in folders.items():
-        if "cifar10c" not in metrics:
-            raise ValueError(
-                f"{folder}/NetDilated.json has no cifar10c: "
-                f"`python evaluate.py {folder} --corruptions --save` adds it"
-            )
-    both = [metrics["cifar10c"]["accuracies"] for metrics in folders.values()]
-    kinds = [kind for kind in CORRUPTIONS if all(kind in each for each in both)]
-    ours, teacher = ({kind: each[kind] for kind in kinds} for each in both)
-    return ours, teacher
-
-
-def cifar10c() -> str:
-    """The accuracy under each kind of corruption, beside published ones."""
-    ours, teacher = measured_corruptions()
-    networks = {
-        "NetDilated, seed 0": ours,
-        "its teacher": teacher,
-        **{name: published(name) for name in ("WRN-28-10", "WRN-40-2, AugMix", "WRN-18-2, LRR")},
-    }
-    unlike = [kind for kind in ours if kind not in NEAR_TRAINING]
-    rows = {kind.replace("_", " ") + "*" * (kind in NEAR_TRAINING): [kind] for kind in ours}
-    rows[f"**mean of {len(ours)}**"] = ours
-    rows[f"**mean of the {len(unlike)} without \\***"] = unlike
-    cells = [
-        (name, *(f"{mean(accuracies, kinds):.1f}" for accuracies in networks.values()))
-        for name, kinds in rows.items()
-    ]
-    return markdown_table(("accuracy, %", *(f"{name}:" for name in networks)), cells)
 
 
 def results() -> str:

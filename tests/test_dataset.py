@@ -29,7 +29,20 @@ from torch.utils.data import ConcatDataset, Subset
 from torchvision import transforms
 
 import dataset
-from dataset import FILL, MEAN, STD, data_folder, load_dataset, normalise, train_transform
+import loader
+from dataset import (
+    FILL,
+    MEAN,
+    STD,
+    TRAIN_CORRUPTIONS,
+    corrupt,
+    data_folder,
+    load_dataset,
+    mean_and_std,
+    normalise,
+    train_transform,
+)
+from recipe import Recipe
 from tiny import Code
 
 HERE = Path(__file__).parent.parent
@@ -266,7 +279,7 @@ def spawning():
 
 
 def test_a_process_that_is_not_forked_maps_the_images(train_set, spawning, tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "get_temp_dir", lambda: tmp_path)
+    monkeypatch.setattr(loader, "get_temp_dir", lambda: tmp_path)
     train_set.data = train_set.data.transpose(0, 2, 1, 3)  # not contiguous, as torchvision's
     images = train_set.data.copy()
     wrapped = ConcatDataset([Subset(train_set, range(1000)), Subset(train_set, range(1000, 2000))])
@@ -547,3 +560,113 @@ def test_two_downloads_at_once_are_both_whole(server, tmp_path):
         both = list(pool.map(lambda split: load_dataset(split, root=root), ["train", "train"]))
     assert [len(train_set) for train_set in both] == [50, 50]
     assert names(root) == {"cifar-10-python.tar.gz", "cifar-10-batches-py"}
+
+
+# ---------------------------------------------------------------- corruptions in training
+
+
+def test_a_share_of_the_images_is_corrupted_and_the_others_stay_as_they_are():
+    """Noise changes the pixels one by one, blur their differences, and the last their contrast."""
+    torch.manual_seed(0)
+    images = torch.randn(3000, 3, 8, 8)
+    corrupted = corrupt(images, 0.3, Recipe.corruption_types)
+    changed = (corrupted != images).flatten(1).any(1)
+    assert changed.float().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert (
+        corrupt(images, 0, Recipe.corruption_types) is images
+        and (corrupt(images, 1, Recipe.corruption_types) != images).flatten(1).any(1).all()
+    )
+    contrast = (corrupted.std((1, 2, 3)) / images.std((1, 2, 3)))[changed]
+    assert contrast.max() < 1.15 and (contrast > 0.999).float().mean().item() == pytest.approx(
+        1 / 3, abs=0.1
+    )
+
+
+def test_the_strengths_of_the_corruptions_are_those_of_the_docstring():
+    """On edges from black to white. Noise differs within a side, low contrast lifts a side, blur
+    only the edge.
+    """
+    torch.manual_seed(0)
+    mean, std = mean_and_std(torch.device("cpu"))
+    edges = (torch.arange(16) > 7).float().expand(3000, 3, 8, 16)
+    seen = corrupt((edges - mean) / std, 1, Recipe.corruption_types) * std + mean
+    left, right = (
+        side.flatten(1) for side in (seen[..., :4], seen[..., -4:])
+    )  # the blur reaches four pixels
+    deviation, contrast = left.std(1), right.mean(1) - left.mean(1)
+    noise = deviation > 1e-5
+    low_contrast = ~noise & (contrast < 0.9999)
+    blur = ~noise & ~low_contrast
+    assert 0.09 < deviation[noise].max() < 0.125 and deviation[
+        noise
+    ].mean().item() == pytest.approx(0.1 / 3, abs=3e-3)
+    contrast, grey = contrast[low_contrast], left.mean(1)[low_contrast]
+    assert 0.19 < contrast.min() < 0.22 and contrast.mean().item() == pytest.approx(0.6, abs=0.03)
+    assert (grey / (1 - contrast)).mean().item() == pytest.approx(0.5, abs=0.05)
+    kernel = torch.exp(-(torch.arange(-4, 5) ** 2) / (2 * 1.2**2))
+    beyond = (
+        kernel[5:].sum() / kernel.sum()
+    ).item()  # how much of the white side the last black pixel gets
+    darkest = seen[blur][..., 7].mean((1, 2))
+    assert darkest.max().item() == pytest.approx(beyond, abs=0.005)
+    assert darkest.mean().item() == pytest.approx(beyond / 2, abs=0.01)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    """200 test images of the sample, as (N, 3, 32, 32) values from 0 to 1."""
+    return torch.from_numpy(load_dataset("test", "tiny").data).permute(0, 3, 1, 2) / 255
+
+
+@pytest.mark.parametrize("kind", TRAIN_CORRUPTIONS)
+def test_each_kind_changes_images_and_is_seeded_by_torch(kind, pixels):
+    mean, std = mean_and_std(torch.device("cpu"))
+    images = (pixels - mean) / std
+
+    def corrupted(seed):
+        torch.manual_seed(seed)
+        return corrupt(images, 1, [kind])
+
+    assert corrupted(0).equal(corrupted(0)) and not corrupted(0).equal(corrupted(1))
+    changed = (corrupted(0) - images).flatten(1).abs().mean(1)
+    assert corrupted(0).shape == images.shape and (changed > 0).float().mean() > 0.9
+    assert changed.mean() < 1  # a standard deviation: the image can still be seen
+
+
+def only(kind, pixels):
+    """Return all images after one kind of corruption, as values from 0 to 1."""
+    torch.manual_seed(0)
+    mean, std = mean_and_std(torch.device("cpu"))
+    return corrupt((pixels - mean) / std, 1, [kind]) * std + mean
+
+
+def test_impulses_are_black_or_white_values(pixels):
+    seen = only("impulse_noise", pixels)
+    hit = (seen - pixels).abs() > 1e-5
+    assert ((seen[hit] < 1e-5) | (seen[hit] > 1 - 1e-5)).all()
+    share = hit.float().mean((1, 2, 3))
+    assert 0.07 < share.max() < 0.1 and share.mean().item() == pytest.approx(0.04, abs=0.005)
+
+
+def test_glass_moves_pixels_by_little():
+    """A black image with one white pixel: it stays near its place."""
+    spot = torch.zeros(100, 3, 32, 32)
+    spot[:, :, 16, 16] = 1
+    seen = only("glass_blur", spot).mean(1)
+    assert (seen[:, 16, 16] < 0.5).float().mean() > 0.5
+    seen[:, 12:21, 12:21] = 0
+    assert seen.abs().max() < 0.01
+
+
+def test_pixelated_images_have_fewer_colours_and_the_same_mean(pixels):
+    seen = only("pixelate", pixels)
+    for image, before in zip(seen[:20], pixels, strict=False):
+        assert len(image.flatten(1).unique(dim=1).T) < 0.92 * 32**2
+        assert image.mean().item() == pytest.approx(before.mean().item(), abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "augmix"])
+def test_images_keep_their_places(kind, pixels):
+    """Each is most like itself, of eight: also where four have the same operations."""
+    seen, eight = only(kind, pixels[:8]).flatten(1), pixels[:8].flatten(1)
+    assert torch.cdist(seen, eight).argmin(1).tolist() == list(range(8))

@@ -44,11 +44,17 @@ IMPOSSIBLE = {  # what is allowed, and values that are not
     "weight_decay": ("a number, 0 or more", [-1e-4, float("nan")]),
     "augmentation": ("a probability, 0 to 1", [-0.1, 1.1]),
     "corruption": ("a probability, 0 to 1", [-0.1, 1.1, "0.3"]),
+    "corruption_types": (
+        "some of gaussian_noise, gaussian_blur, low_contrast, impulse_noise, glass_blur, pixelate, "
+        "jpeg, augmix",
+        [(), ("fog",), "jpeg"],
+    ),
     "sizes": (
         "sizes in pixels, each 8 to 1024, such as 32 or 16,32",
         [32, (), (32, 7), (16.0,), (2**70,)],
     ),
     "teacher": ("None or the path of a folder", [3, __file__, ""]),
+    "wise_ft_alpha": ("None, or a number, 0 to 1", [-0.1, 1.1, "yes"]),
     "distillation_weight": ("a number, 0 to 1", [-0.1, 1.1]),
     "distillation_temperature": ("a number above 0", [0, "4"]),
     "seed": ("a whole number, 0 to 4294967295", [-1, 2**32]),
@@ -104,6 +110,11 @@ def test_a_run_without_a_teacher_has_no_recipe_for_it():
         Recipe.quick().teacher_recipe()
 
 
+def test_fine_tuning_needs_weights_to_begin_with():
+    with pytest.raises(ValueError, match="^teacher is None: choose the folder of the weights to"):
+        Recipe(wise_ft_alpha=1, teacher=None)
+
+
 def test_lists_become_tuples_and_paths_become_strings():
     recipe = Recipe(
         sizes=[16, 32], momentum=[0.8, 0.9], folder=Path("weights/new"), teacher=Path("weights")
@@ -149,6 +160,7 @@ def test_a_recipe_comes_back_from_json_without_the_settings_that_do_not_matter()
 def test_the_recipe_of_a_teacher_has_fewer_epochs_no_teacher_and_no_corruption():
     student = Recipe(epochs=8, corruption=0.3, max_lr=0.1, teacher="there", folder="here")
     teacher = Recipe(epochs=6, corruption=0, max_lr=0.1, teacher=None, validation_size=100)
+    assert Recipe.robust().teacher_recipe().wise_ft_alpha is None
     assert (
         student.teacher_recipe(100) == teacher and student.teacher_recipe().folder == "runs/teacher"
     )

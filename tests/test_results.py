@@ -10,10 +10,11 @@ import torchvision
 from matplotlib.colors import to_rgba
 
 import utils
-from benchmarks import ablation_tables, charts, tables
+from benchmarks import ablation_tables, charts, corruption_tables, tables
 from benchmarks.ablations import RECIPES
+from benchmarks.corruptions import SIMILAR, similar_to_training
 from benchmarks.verdicts import ablations
-from dataset import MEAN, STD, data_folder, load_dataset
+from dataset import MEAN, STD, TRAIN_CORRUPTIONS, data_folder, load_dataset
 from device import pick_device, to_device
 from loader import make_loader
 from model import NetDilated
@@ -166,32 +167,65 @@ def test_a_table_that_is_not_up_to_date_is_noticed():
     assert stale != text and tables.updated(stale) == text
 
 
-def test_an_unknown_table_and_a_run_without_corruptions_are_named(monkeypatch):
+def test_an_unknown_table_is_named():
     with pytest.raises(
         ValueError, match="^name of a table is 'resluts': choose one of headline, corruptions, "
     ):
         tables.updated("<!-- resluts -->\n<!-- end -->")
-    run = {key: value for key, value in tables.runs()[0].items() if key != "cifar10c"}
-    monkeypatch.setattr(tables, "runs", lambda: [run])
-    with pytest.raises(ValueError, match="has no cifar10c: `python evaluate.py weights --corr"):
-        tables.corruptions()
 
 
-def test_corruptions_are_compared_over_the_kinds_that_both_networks_have(monkeypatch):
+@pytest.fixture
+def corrupted(monkeypatch):
+    """Metrics of two networks, of which not both have the same kinds."""
     ours = {"fog": 5 * [91.0], "contrast": [80.0, 85.0, 90.0, 95.0, 100.0], "snow": 5 * [85.0]}
-    teacher = {"contrast": 5 * [60.0], "fog": 5 * [70.0]}
-    monkeypatch.setattr(tables, "runs", lambda: [{"cifar10c": {"accuracies": ours}}])
-    metrics = {"cifar10c": {"accuracies": teacher}}
-    monkeypatch.setattr(tables, "load_metrics", lambda *_: metrics)
-    first, second = tables.corruptions().splitlines()
+    known = {
+        "": {"recipe": {}, "cifar10c": {"accuracies": ours}},
+        "teacher": {
+            "recipe": {"corruption": 0},
+            "cifar10c": {"accuracies": {"contrast": 5 * [60.0], "fog": 5 * [70.0]}},
+        },
+    }
+    monkeypatch.setattr(
+        corruption_tables,
+        "load_metrics",
+        lambda _, folder: known["" if folder == WEIGHTS else folder.name],
+    )
+    return known
+
+
+def test_a_network_without_corruptions_is_named(corrupted):
+    del corrupted[""]["cifar10c"]
+    with pytest.raises(ValueError, match="has no cifar10c: `python evaluate.py weights --corr"):
+        corruption_tables.corruptions()
+
+
+def test_corruptions_are_compared_over_the_kinds_that_both_networks_have(corrupted):
+    first, second = corruption_tables.corruptions().splitlines()
     assert first.startswith("Under 2 of [CIFAR-10-C](benchmarks/README.md#cifar-10-c)'s 15 kinds")
     assert first.endswith("seed 0 has 90.5 % accuracy, 91.0 % under the 1")
     assert "AugMix (WRN-40-2, trained on none) 90.9 %." in second  # of 91.54 and 90.32
     assert second.endswith("The teacher, trained on none: 65.0 %.")
     assert max(len(first), len(second)) <= 120
-    rows = tables.cifar10c().splitlines()[2:]
+    rows = corruption_tables.cifar10c().splitlines()[2:]
     assert rows[0].startswith("| fog | 91.0 | 70.0 | 88.8 | 91.5 | 94.1 |")
-    assert rows[1].startswith("| contrast* | 90.0 | 60.0 |") and len(rows) == 4
+    assert rows[1].startswith("| contrast | 90.0\\* | 60.0 |") and len(rows) == 4
+    assert rows[3].startswith("| **mean of the 1 unseen by seed 0** | 91.0 | 70.0 |")
+
+
+def test_what_is_similar_to_training_depends_on_its_types_of_corruption():
+    assert similar_to_training(Recipe()) == [
+        "gaussian_noise",
+        "shot_noise",
+        "defocus_blur",
+        "glass_blur",
+        "motion_blur",
+        "zoom_blur",
+        "contrast",
+    ]
+    assert similar_to_training(Recipe(corruption=0)) == []
+    assert similar_to_training(Recipe(corruption_types=("augmix",))) == []
+    assert len(similar_to_training(Recipe.robust())) == 10
+    assert set(SIMILAR) == set(TRAIN_CORRUPTIONS)
 
 
 def test_the_chart_of_ablations_shows_every_loss_that_can_be_compared(tmp_path):

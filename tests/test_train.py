@@ -158,6 +158,41 @@ def test_a_run_learns_from_the_teacher_in_the_folder_that_its_recipe_names(tmp_p
     assert equal(state(given[0]), state(teacher)) and not given[0].training
 
 
+def test_fine_tuning_begins_with_the_teacher_and_ends_between_it_and_the_trained_weights(
+    tmp_path, monkeypatch
+):
+    """Each of four epochs adds 1 to all weights. The second one is interrupted once."""
+    teacher, metrics = Tiny().eval(), {"history": {}, "recipe": SHORT.to_json()}
+    save(teacher, {**metrics, "network": "Tiny"}, tmp_path / "teacher")
+    save(NetDilated(), {**metrics, "network": "NetDilated"}, tmp_path / "teacher")
+    recipe = replace(SHORT, teacher=str(tmp_path / "teacher"), folder=str(tmp_path))
+    recipe = replace(recipe, epochs=4, wise_ft_alpha=0.25)
+    with pytest.raises(ValueError, match="^network is 'Tiny': choose NetDilated, the teacher's"):
+        train.run(recipe)
+    monkeypatch.setattr(train, "NetDilated", Tiny)
+    seen = []
+
+    def learn(model, *_):
+        seen.append(state(model))
+        for value in model.state_dict().values():
+            value += 1
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return 1.0, 50.0
+
+    monkeypatch.setattr(utils, "train", learn)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(recipe)
+    model, metrics = train.run(recipe)
+    assert equal(seen[0], state(teacher)) and equal(seen[2], seen[1]) and len(seen) == 5
+    for mine, start in zip(state(model).values(), state(teacher).values(), strict=True):
+        assert mine.double().allclose(start.double() + 0.25 * 4)
+    loader = make_loader(load_dataset("test", SHORT.data), 500)
+    assert utils.test(model, loader)[1] == metrics["test_accuracy"]
+    again, _ = train.run(recipe)  # from the checkpoint of the finished run
+    assert equal(state(again), state(model)) and len(seen) == 5
+
+
 METRICS = {"network": "NetDilated", "recipe": SHORT.to_json(), "history": {"seconds": [1.0]}}
 LABELS = [number % 10 for number in range(2000)]
 
@@ -225,6 +260,9 @@ def test_the_command_trains_the_recipe_that_its_arguments_name(tmp_path, capsys,
             ran.append(recipe) or (None, {"data": "some images", "validation_accuracy": 12.5})
         ),
     )
+    train.main(["--robust", "--corruption-types", "jpeg,augmix", "--validation-size", "10"])
+    assert ran.pop() == Recipe.robust(corruption_types=("jpeg", "augmix"), validation_size=10)
+    capsys.readouterr()
     train.main(["--validation-size", "10"])
     assert ran == [Recipe(validation_size=10)]
     assert (

@@ -17,7 +17,7 @@ import device
 import train
 import utils
 from checkpoint import Checkpoint
-from dataset import load_dataset, mean_and_std, normalise
+from dataset import load_dataset, normalise
 from device import autocast, make_scaler
 from model import NetDilated
 from recipe import Recipe, make_optimizer, make_scheduler, seed_everything
@@ -130,53 +130,6 @@ def test_training_images_have_the_size_of_the_epoch_and_test_images_their_own(ro
     )
     run.fit()
     assert seen == [each for size in (8, 16, 24) for each in ((True, size, size), (False, 32, 32))]
-
-
-def test_a_share_of_the_images_is_corrupted_and_the_others_stay_as_they_are():
-    """Noise changes the pixels one by one, blur their differences, and the last their contrast."""
-    torch.manual_seed(0)
-    images = torch.randn(3000, 3, 8, 8)
-    corrupted = utils.corrupt(images, 0.3)
-    changed = (corrupted != images).flatten(1).any(1)
-    assert changed.float().mean().item() == pytest.approx(0.3, abs=0.03)
-    assert (
-        utils.corrupt(images, 0) is images
-        and (utils.corrupt(images, 1) != images).flatten(1).any(1).all()
-    )
-    contrast = (corrupted.std((1, 2, 3)) / images.std((1, 2, 3)))[changed]
-    assert contrast.max() < 1.15 and (contrast > 0.999).float().mean().item() == pytest.approx(
-        1 / 3, abs=0.1
-    )
-
-
-def test_the_strengths_of_the_corruptions_are_those_of_the_docstring():
-    """On edges from black to white. Noise differs within a side, low contrast lifts a side, blur
-    only the edge.
-    """
-    torch.manual_seed(0)
-    mean, std = (each.view(3, 1, 1) for each in mean_and_std(torch.device("cpu")))
-    edges = (torch.arange(16) > 7).float().expand(3000, 3, 8, 16)
-    seen = utils.corrupt((edges - mean) / std, 1) * std + mean
-    left, right = (
-        side.flatten(1) for side in (seen[..., :4], seen[..., -4:])
-    )  # the blur reaches four pixels
-    deviation, contrast = left.std(1), right.mean(1) - left.mean(1)
-    noise = deviation > 1e-5
-    low_contrast = ~noise & (contrast < 0.9999)
-    blur = ~noise & ~low_contrast
-    assert 0.09 < deviation[noise].max() < 0.125 and deviation[
-        noise
-    ].mean().item() == pytest.approx(0.1 / 3, abs=3e-3)
-    contrast, grey = contrast[low_contrast], left.mean(1)[low_contrast]
-    assert 0.19 < contrast.min() < 0.22 and contrast.mean().item() == pytest.approx(0.6, abs=0.03)
-    assert (grey / (1 - contrast)).mean().item() == pytest.approx(0.5, abs=0.05)
-    kernel = torch.exp(-(torch.arange(-4, 5) ** 2) / (2 * 1.2**2))
-    beyond = (
-        kernel[5:].sum() / kernel.sum()
-    ).item()  # how much of the white side the last black pixel gets
-    darkest = seen[blur][..., 7].mean((1, 2))
-    assert darkest.max().item() == pytest.approx(beyond, abs=0.005)
-    assert darkest.mean().item() == pytest.approx(beyond / 2, abs=0.01)
 
 
 def test_the_network_learns_from_corrupted_images_and_the_teacher_sees_them_clean():
