@@ -8,8 +8,8 @@ PIP = $(PY) -m pip install -q --disable-pip-version-check --root-user-action=ign
 DEMO = {"network": "NetDilated", "data": "sample", "validation_size": 0, "epochs": 8, "batch_size": 50, \
 	"optimizer": "Muon", "max_lr": 0.3, "muon_lr_ratio": 0.1, "warmup": 0.25, "momentum": [0.85, 0.95], \
 	"weight_decay": 0.0005, "augmentation": 0.5, "corruption": 0, "sizes": [16, 24], "teacher": null, \
-	"corruption_types": ["gaussian_noise"], "wise_ft_alpha": null, "distillation_weight": 0.9, "distillation_temperature": 4.0, "seed": 0, "num_workers": null, \
-	"device": "auto", "folder": "demo"}
+	"corruption_types": ["gaussian_noise"], "wise_ft_alpha": null, "distillation_weight": 0.9, \
+	"distillation_temperature": 4.0, "seed": 0, "num_workers": null, "device": "auto", "folder": "demo"}
 
 .PHONY: install demo test lint train notebook publish quick bench tables export install-export test-export clean
 

@@ -187,7 +187,8 @@ class Recipe:
             require(each.name, value, each.metadata["allowed"], each.metadata["check"](value))
             object.__setattr__(self, each.name, value)  # the dataclass is frozen
         if self.wise_ft_alpha is not None:
-            require("teacher", self.teacher, "the folder of the weights to fine-tune", self.teacher)
+            folder = "the folder of the weights to fine-tune"
+            require("teacher", self.teacher, folder, self.teacher is not None)
 
     @classmethod
     def quick(cls, **changes: object) -> "Recipe":

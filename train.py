@@ -144,7 +144,8 @@ def fit(
             test_metrics = utils.test(evaluated(), test_loader)
             log.add(*train_metrics, *test_metrics, time.perf_counter() - start)
             checkpoint.save()
-    network.load_state_dict(inner_network(evaluated()).state_dict())
+    if recipe.wise_ft_alpha is not None:
+        network.load_state_dict(evaluated().state_dict())
     return log.history
 
 
