@@ -100,18 +100,9 @@ def normalise(images: np.ndarray | torch.Tensor) -> torch.Tensor:
     if isinstance(images, np.ndarray):
         images = np.ascontiguousarray(images)  # PyTorch knows no negative strides, as of a mirror
     images = torch.as_tensor(images)
-    require(
-        "shape of the images",
-        tuple(images.shape),
-        "(N, H, W, 3), uint8 images as make_loader's loaders deliver",
-        images.ndim == 4 and images.shape[3] == 3,
-    )
-    require(
-        "type of the images",
-        images.dtype,
-        "torch.uint8, pixels from 0 to 255",
-        images.dtype == torch.uint8,
-    )
+    is_rgb = images.ndim == 4 and images.shape[3] == 3 and images.dtype == torch.uint8
+    allowed = "torch.uint8 of shape (N, H, W, 3), as make_loader's loaders deliver them"
+    require("images", f"{images.dtype} of shape {tuple(images.shape)}", allowed, is_rgb)
     # Whole rows of pixels at once are three times as fast as pixels of three channels.
     width = images.shape[2]
     mean, std = (255 * each.flatten().repeat(width) for each in mean_and_std(images.device))
@@ -149,6 +140,13 @@ def _gaussian_noise(images):
     """Add Gaussian noise of a deviation up to 0.1 of the range of pixels, mostly weak."""
     _, std = mean_and_std(images.device)
     return images + 0.1 * _random_strength(images) ** 2 / std * torch.randn_like(images)
+
+
+def _shot_noise(images):
+    """Count 50 to 500 photons in each channel of a pixel where it is white."""
+    mean, std = mean_and_std(images.device)
+    photons = 50 * 10 ** _random_strength(images)
+    return _pixels(torch.poisson((images * std + mean).clamp(0, 1) * photons) / photons)
 
 
 def _gaussian_blur(images):
@@ -203,16 +201,17 @@ def _pixels(values):
 
 
 BOXES = {"downscale": cv2.INTER_AREA, "upscale": cv2.INTER_NEAREST}
-GLASS = [A.GlassBlur(sigma=0.3, max_delta=1, iterations=each) for each in (1, 2)]
+GLASS = [A.GlassBlur(sigma=0.35, max_delta=1, iterations=each) for each in (1, 2, 2)]
 TRAIN_CORRUPTIONS = {  # name -> function of normalised (N, 3, H, W) images
     "gaussian_noise": _gaussian_noise,
+    "shot_noise": _shot_noise,
     "gaussian_blur": _gaussian_blur,
     "low_contrast": _low_contrast,
+    "very_low_contrast": lambda x: x.lerp(x.mean((2, 3), True), 0.5 + 0.4 * _random_strength(x)),
     "impulse_noise": _impulse_noise,
     "glass_blur": partial(_apply, A.OneOf(GLASS, p=1)),
-    "pixelate": partial(
-        _apply, A.Downscale(scale_range=(0.6, 0.95), interpolation_pair=BOXES, p=1)
-    ),
+    "motion_blur": partial(_apply, A.MotionBlur(blur_limit=(3, 9), p=1)),
+    "pixelate": partial(_apply, A.Downscale((0.6, 0.95), BOXES, p=1)),
     "jpeg": partial(_apply, A.ImageCompression(quality_range=(35, 85), p=1)),
     "augmix": _augmix,
 }

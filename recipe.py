@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 from torch.utils.data import DataLoader
 
 from checks import between, is_folder, one_of, positive, require, whole
@@ -137,8 +137,8 @@ class Recipe:
     )
     wise_ft_alpha: float | None = setting(
         None,
-        "None: train from scratch; a number: fine-tune the teacher's weights, and interpolate "
-        "between those (0) and the fine-tuned ones (1)",
+        "None: train from scratch; a number: fine-tune the teacher's weights, in cycles of one "
+        "epoch, and interpolate between those (0) and the mean of the fine-tuned ones (1)",
         "None, or a number, 0 to 1",
         lambda value: value is None or between(0, 1)(value),
     )
@@ -231,12 +231,12 @@ class Recipe:
         """
         return cls(
             **{
-                "epochs": 10,
+                "epochs": 6,
                 "batch_size": 128,
-                "max_lr": 0.04,
+                "max_lr": 0.03,
                 "warmup": 0.1,
                 "augmentation": 0.25,
-                "corruption": 0.75,
+                "corruption": 0.85,
                 "corruption_types": tuple(TRAIN_CORRUPTIONS),
                 "sizes": (32,),
                 "teacher": "weights",
@@ -334,17 +334,20 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def make_scheduler(
     optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int
-) -> OneCycleLR:
-    """Return the one-cycle schedule, which is stepped after each batch.
+) -> LRScheduler:
+    """Return the schedule, which is stepped after each batch: one cycle, or many in fine-tuning.
 
-    The learning rate of each group of parameters rises to the one it has now in the share `warmup`
-    of the steps, and falls to nearly zero, along cosines; the momentum does the opposite.
-    Smith and Topin, Super-convergence, https://arxiv.org/abs/1708.07120.
+    In a cycle, the learning rate of each group of parameters rises to the one it has now in the
+    share `warmup` of the steps, and falls to nearly zero; the momentum does the opposite. One cycle
+    is of cosines: Smith and Topin, Super-convergence, https://arxiv.org/abs/1708.07120. In
+    fine-tuning each epoch is a cycle, of straight lines, as in stochastic weight averaging:
+    Izmailov et al., https://arxiv.org/abs/1803.05407.
 
     Raises:
-        ValueError: the run has fewer than three steps.
+        ValueError: the run, or an epoch of fine-tuning, has fewer than three steps.
     """
-    (low, high), steps = recipe.momentum, recipe.epochs * steps_per_epoch
+    fine_tuning = recipe.wise_ft_alpha is not None
+    steps = steps_per_epoch if fine_tuning else recipe.epochs * steps_per_epoch
     require(
         "the number of steps",
         steps,
@@ -352,14 +355,12 @@ def make_scheduler(
         steps > 2,
     )
     warmup = max(recipe.warmup, 2 / steps)  # a rise of one step would divide by zero
-    return OneCycleLR(
-        optimizer,
-        [group["lr"] for group in optimizer.param_groups],
-        total_steps=steps,
-        pct_start=warmup,
-        base_momentum=low,
-        max_momentum=high,
-    )
+    peaks, (low, high) = [group["lr"] for group in optimizer.param_groups], recipe.momentum
+    momentum = {"base_momentum": low, "max_momentum": high}
+    if fine_tuning:
+        rise = warmup * steps
+        return CyclicLR(optimizer, 0.0, peaks, rise, steps - rise, **momentum)
+    return OneCycleLR(optimizer, peaks, total_steps=steps, pct_start=warmup, **momentum)
 
 
 class Muon(torch.optim.SGD):

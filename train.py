@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 import utils
@@ -88,8 +89,9 @@ def fit(
 ) -> dict[str, list[float]]:
     """Train the model as the loop of the notebook does, and return the history: see `utils.Log`.
 
-    With a `wise_ft_alpha`, the model begins with the teacher's weights. The interpolated ones are
-    evaluated after each epoch, and left in the model at the end.
+    With a `wise_ft_alpha`, the model begins with the teacher's weights. Those at the end of each
+    epoch are averaged. The mean, interpolated with the teacher's, is evaluated after each epoch and
+    left in the model at the end.
 
     Raises:
         ValueError: the checkpoint in the folder is damaged or of another run, the loader's order
@@ -105,13 +107,15 @@ def fit(
     optimizer, scaler = make_optimizer(model, recipe), make_scaler(device)
     scheduler = make_scheduler(optimizer, recipe, len(train_loader))
     network = inner_network(model)  # the one that is saved
-    if recipe.wise_ft_alpha is not None:
+    fine_tuning = recipe.wise_ft_alpha is not None
+    if fine_tuning:
         init_from_teacher(network, teacher)
+        averaged = AveragedModel(network, use_buffers=True)
 
     def evaluated():
-        if recipe.wise_ft_alpha is None:
+        if not fine_tuning:
             return model
-        return interpolate_weights(teacher, network, recipe.wise_ft_alpha)
+        return interpolate_weights(teacher, averaged.module, recipe.wise_ft_alpha)
 
     path = Path(recipe.folder, f"{type(network).__name__}.ckpt")
     log = utils.Log(path.with_suffix(".csv"), recipe)
@@ -122,6 +126,8 @@ def fit(
         "scaler": scaler,
         "log": log,
     }
+    if fine_tuning:
+        parts["averaged"] = averaged
     print(
         f"on {hardware(device)}, data: {train_loader.dataset.title}, epochs: {recipe.epochs}, "
         f"written to {recipe.folder}/"
@@ -141,10 +147,12 @@ def fit(
                 scaler,
                 teacher,
             )
+            if fine_tuning:
+                averaged.update_parameters(network)
             test_metrics = utils.test(evaluated(), test_loader)
             log.add(*train_metrics, *test_metrics, time.perf_counter() - start)
             checkpoint.save()
-    if recipe.wise_ft_alpha is not None:
+    if fine_tuning:
         network.load_state_dict(evaluated().state_dict())
     return log.history
 

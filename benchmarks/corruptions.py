@@ -346,10 +346,13 @@ DIGITAL = (contrast, elastic_transform, pixelate, jpeg_compression)
 CORRUPTIONS = {each.__name__: each for each in NOISE + BLUR + WEATHER + DIGITAL}
 SIMILAR = {  # name in `dataset.TRAIN_CORRUPTIONS` -> those here that are similar
     "gaussian_noise": (gaussian_noise, shot_noise),
+    "shot_noise": (gaussian_noise, shot_noise),
     "gaussian_blur": BLUR,
     "low_contrast": (contrast,),
+    "very_low_contrast": (contrast,),
     "impulse_noise": (impulse_noise,),
     "glass_blur": (glass_blur,),
+    "motion_blur": (motion_blur,),
     "pixelate": (pixelate,),
     "jpeg": (jpeg_compression,),
     "augmix": (),

@@ -159,18 +159,20 @@ def test_a_mirrored_view_is_normalised_as_its_copy_is(train_set):
     assert torch.equal(normalise(mirrored), normalise(train_set.data[:4]).flip(3))
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 32, 32), (32, 32, 3)])
-def test_images_that_are_normalised_already_are_refused(shape):
-    with pytest.raises(ValueError, match=r"shape of the images is \(.*\): choose \(N, H, W, 3\)"):
-        normalise(torch.zeros(shape))
-
-
-def test_pixels_from_0_to_1_are_refused():
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        ((4, 3, 32, 32), torch.uint8),
+        ((32, 32, 3), torch.uint8),
+        ((4, 32, 32, 3), torch.float32),
+        ((4, 3, 32, 32), torch.float32),
+    ],
+)
+def test_images_that_are_normalised_already_are_refused(shape, dtype):
     with pytest.raises(
-        ValueError,
-        match="^type of the images is torch.float32: choose torch.uint8, pixels from 0 to",
+        ValueError, match=rf"^images is '{dtype} of shape .*: choose torch.uint8 of"
     ):
-        normalise(torch.zeros(4, 32, 32, 3))
+        normalise(torch.zeros(shape, dtype=dtype))
 
 
 # ---------------------------------------------------------------- splits
@@ -638,6 +640,21 @@ def only(kind, pixels):
     torch.manual_seed(0)
     mean, std = mean_and_std(torch.device("cpu"))
     return corrupt((pixels - mean) / std, 1, [kind]) * std + mean
+
+
+def test_shot_noise_is_that_of_50_to_500_photons_and_grows_with_the_square_root():
+    for grey in (0.2, 0.8):
+        deviation = only("shot_noise", torch.full((500, 3, 32, 32), grey)).std((1, 2, 3))
+        photons = grey / deviation**2
+        assert 45 < photons.min() < 55 and 450 < photons.max() < 550
+        assert photons.log().mean().exp().item() == pytest.approx((50 * 500) ** 0.5, rel=0.1)
+
+
+def test_very_low_contrast_keeps_a_tenth_to_a_half_of_the_differences_and_the_mean_colour(pixels):
+    seen = only("very_low_contrast", pixels)
+    ratio = seen.std((2, 3)) / pixels.std((2, 3))
+    assert seen.mean((2, 3)).allclose(pixels.mean((2, 3)), atol=1e-4)
+    assert 0.1 < ratio.min() < 0.12 and 0.48 < ratio.max() < 0.5
 
 
 def test_impulses_are_black_or_white_values(pixels):

@@ -45,8 +45,8 @@ IMPOSSIBLE = {  # what is allowed, and values that are not
     "augmentation": ("a probability, 0 to 1", [-0.1, 1.1]),
     "corruption": ("a probability, 0 to 1", [-0.1, 1.1, "0.3"]),
     "corruption_types": (
-        "some of gaussian_noise, gaussian_blur, low_contrast, impulse_noise, glass_blur, pixelate, "
-        "jpeg, augmix",
+        "some of gaussian_noise, shot_noise, gaussian_blur, low_contrast, very_low_contrast, "
+        "impulse_noise, glass_blur, motion_blur, pixelate, jpeg, augmix",
         [(), ("fog",), "jpeg"],
     ),
     "sizes": (
@@ -343,6 +343,20 @@ def test_the_learning_rate_peaks_after_the_warmup_and_the_momentum_does_the_oppo
     assert rates[0] < 0.02 and rates[-1] < 1e-5
     assert (np.sign(np.diff(rates)) == [1] * 9 + [-1] * 30).all()
     assert (np.sign(np.diff(momenta)) == [-1] * 9 + [1] * 30).all()
+
+
+def test_in_fine_tuning_each_epoch_is_a_cycle_from_0_to_the_peak_and_back():
+    recipe = Recipe.robust(epochs=2, max_lr=0.2, warmup=0.25, momentum=(0.8, 0.9))
+    optimizer, rates, momenta = make_optimizer(NetDilated(), recipe), [], []
+    scheduler = make_scheduler(optimizer, recipe, steps_per_epoch=8)
+    for _ in range(16):
+        rates.append(optimizer.param_groups[0]["lr"])
+        momenta.append(optimizer.param_groups[0]["momentum"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:3] == pytest.approx([0, 0.1, 0.2]) and rates[7] == pytest.approx(0.2 / 6)
+    assert rates[8:] == pytest.approx(rates[:8]) and momenta[8:] == pytest.approx(momenta[:8])
+    assert momenta == pytest.approx([0.9 - 0.5 * rate for rate in rates])
 
 
 def test_the_shortest_run_has_three_steps():

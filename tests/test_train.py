@@ -158,7 +158,7 @@ def test_a_run_learns_from_the_teacher_in_the_folder_that_its_recipe_names(tmp_p
     assert equal(state(given[0]), state(teacher)) and not given[0].training
 
 
-def test_fine_tuning_begins_with_the_teacher_and_ends_between_it_and_the_trained_weights(
+def test_fine_tuning_begins_with_the_teacher_and_ends_between_it_and_the_mean_of_all_epochs(
     tmp_path, monkeypatch
 ):
     """Each of four epochs adds 1 to all weights. The second one is interrupted once."""
@@ -186,7 +186,8 @@ def test_fine_tuning_begins_with_the_teacher_and_ends_between_it_and_the_trained
     model, metrics = train.run(recipe)
     assert equal(seen[0], state(teacher)) and equal(seen[2], seen[1]) and len(seen) == 5
     for mine, start in zip(state(model).values(), state(teacher).values(), strict=True):
-        assert mine.double().allclose(start.double() + 0.25 * 4)
+        if mine.is_floating_point():  # not the number of batches
+            assert mine.allclose(start + 0.25 * (1 + 2 + 3 + 4) / 4)
     loader = make_loader(load_dataset("test", SHORT.data), 500)
     assert utils.test(model, loader)[1] == metrics["test_accuracy"]
     again, _ = train.run(recipe)  # from the checkpoint of the finished run
