@@ -26,7 +26,7 @@ from train import labels_sha256
 HERE = Path(__file__).parent.parent
 WEIGHTS = HERE / "weights"
 TESTED = [
-    Path("weights", "NetDilated.pt"),
+    *(Path("weights", folder, "NetDilated.pt") for folder in ("", "robust")),
     *(Path("weights", "30-epochs", f"{name}.pt") for name in NETWORKS),
 ]
 SAVED = [*TESTED, *(Path("weights", folder, "NetDilated.pt") for folder in ("teacher", "held-out"))]
@@ -100,9 +100,13 @@ def test_the_networks_are_compared_after_equal_epochs_of_one_recipe():
 
 @pytest.mark.parametrize(
     "folder, recipe",
-    [("teacher", Recipe().teacher_recipe()), ("held-out", Recipe(validation_size=5000))],
+    [
+        ("teacher", Recipe().teacher_recipe()),
+        ("held-out", Recipe(validation_size=5000)),
+        ("robust", Recipe.robust()),
+    ],
 )
-def test_the_teacher_and_the_held_out_run_hold_out_the_same_images(folder, recipe):
+def test_the_other_weights_have_the_recipes_that_are_documented(folder, recipe):
     assert Recipe(**load_metrics("NetDilated", WEIGHTS / folder)["recipe"]) == recipe
 
 
