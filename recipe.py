@@ -348,12 +348,8 @@ def make_scheduler(
     """
     fine_tuning = recipe.wise_ft_alpha is not None
     steps = steps_per_epoch if fine_tuning else recipe.epochs * steps_per_epoch
-    require(
-        "the number of steps",
-        steps,
-        "more epochs or a smaller batch_size, for 3 steps at least",
-        steps > 2,
-    )
+    remedy = "a smaller batch_size" if fine_tuning else "more epochs or a smaller batch_size"
+    require("the number of steps", steps, f"{remedy}, for 3 steps at least", steps > 2)
     warmup = max(recipe.warmup, 2 / steps)  # a rise of one step would divide by zero
     peaks, (low, high) = [group["lr"] for group in optimizer.param_groups], recipe.momentum
     momentum = {"base_momentum": low, "max_momentum": high}

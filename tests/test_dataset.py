@@ -168,7 +168,7 @@ def test_a_mirrored_view_is_normalised_as_its_copy_is(train_set):
         ((4, 3, 32, 32), torch.float32),
     ],
 )
-def test_images_that_are_normalised_already_are_refused(shape, dtype):
+def test_images_of_another_type_or_shape_are_refused(shape, dtype):
     with pytest.raises(
         ValueError, match=rf"^images is '{dtype} of shape .*: choose torch.uint8 of"
     ):

@@ -366,6 +366,8 @@ def test_the_shortest_run_has_three_steps():
         ValueError, match="^the number of steps is 2: choose more epochs or a smaller batch_size"
     ):
         make_scheduler(optimizer, recipe, steps_per_epoch=2)
+    with pytest.raises(ValueError, match="^the number of steps is 2: choose a smaller batch_size"):
+        make_scheduler(optimizer, Recipe.robust(epochs=9), steps_per_epoch=2)  # of each epoch
     for steps in (3, 4):
         scheduler = make_scheduler(optimizer, recipe, steps)
         for _ in range(steps):
